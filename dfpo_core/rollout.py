@@ -1,0 +1,227 @@
+"""Rollouts: sampling responses with a KV cache, and teacher-forced passes over them that share each prompt's computation.
+
+Prompts are left-padded, responses right-padded. What sequences begin with in common is computed once: the prefix of all prompts,
+then each prompt of a group of responses. Keys and values are repeated, with gradients flowing back through the repetition, so the
+result is the same as running every (prompt, response) pair in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from dfpo_core.errors import TrainingDiverged
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Sampled responses: all tensors (B, T)."""
+
+    response_ids: Tensor  # int64; pad after the end
+    mask: Tensor  # float, 1 up to and including EOS
+    log_probs: Tensor  # of the sampled tokens under the sampling distribution
+    entropy: Tensor  # of the sampling distribution, nats
+
+
+def autocast(precision: str, hidden_size: int, device: torch.device | str = "cpu"):
+    """bf16 autocast where it pays: `auto` means a GPU with bf16, or a CPU with bf16 matrix units and a model wide enough to use them."""
+    device_type = torch.device(device).type
+    # On a CPU below a width of about 256 the casts cost more than the narrower products save.
+    pays = torch.cuda.is_bf16_supported() if device_type == "cuda" else hidden_size >= 256 and torch.cpu._is_avx512_bf16_supported()
+    wanted = pays if precision == "auto" else precision == "bf16"
+    return torch.autocast(device_type, dtype=torch.bfloat16) if wanted else nullcontext()
+
+
+def pad_left(sequences: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both (rows, longest) int64, padded on the left."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[pad] * (width - len(s)) + s for s in sequences])
+    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
+    return ids, mask
+
+
+def pad_right(sequences: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """(ids int64, mask float32), both (rows, longest), padded on the right."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([s + [pad] * (width - len(s)) for s in sequences])
+    mask = torch.tensor([[1.0] * len(s) + [0.0] * (width - len(s)) for s in sequences])
+    return ids, mask
+
+
+def positions(mask: Tensor) -> Tensor:
+    """(rows, L) position of each token, counted from the first real one; 0 on padding."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def common_prefix(prompt_ids: Tensor, prompt_mask: Tensor) -> int:
+    """Tokens that every prompt begins with, at most one less than the shortest prompt has."""
+    length = prompt_mask.sum(-1, keepdim=True)
+    shortest = int(length.min())
+    columns = torch.arange(shortest, device=prompt_ids.device)
+    left_aligned = prompt_ids.gather(1, prompt_ids.shape[1] - length + columns)
+    same = (left_aligned == left_aligned[:1]).all(0)
+    return min(int(same.long().cumprod(0).sum()), shortest - 1)
+
+
+def _prefill(backbone, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, DynamicCache, Tensor]:
+    """(hidden state of each prompt's last token (P, H), the cache, its attention mask (P, L)).
+
+    What all prompts begin with (system prompt, template, few-shot examples) is computed once and its cache repeated.
+    """
+    cache, position = DynamicCache(config=backbone.config), positions(prompt_mask)
+    shared = common_prefix(prompt_ids, prompt_mask) if len(prompt_ids) > 1 else 0
+    if shared:
+        prefix = prompt_ids[:1, prompt_ids.shape[1] - int(prompt_mask[0].sum()) :][:, :shared]
+        backbone(input_ids=prefix, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(prompt_ids))
+    # The columns cut off hold the prefix of the longest prompt, and padding or a part of the prefix of the others: what is left
+    # of it is masked.
+    rest = ((position >= shared) & (prompt_mask > 0)).long()[:, shared:]
+    attention = torch.cat([rest.new_ones(len(rest), shared), rest], 1)
+    output = backbone(
+        input_ids=prompt_ids[:, shared:],
+        attention_mask=attention,
+        position_ids=position[:, shared:],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return output.last_hidden_state[:, -1], output.past_key_values, attention
+
+
+def response_hidden(
+    backbone, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor, samples_per_prompt: int
+) -> Tensor:
+    """Last hidden states (B, T, H) at the positions that predict each response token.
+
+    `prompt_ids`, `prompt_mask` (P, L) left-padded, `response_ids`, `mask` (B, T) right-padded with B = P * samples_per_prompt.
+    """
+    first, cache, attention = _prefill(backbone, prompt_ids, prompt_mask)
+    first = first.repeat_interleave(samples_per_prompt, 0)[:, None]
+    if response_ids.shape[1] == 1:
+        return first
+    cache.batch_repeat_interleave(samples_per_prompt)
+    attention = torch.cat([attention.repeat_interleave(samples_per_prompt, 0), mask[:, :-1].long()], 1)
+    rest = backbone(
+        input_ids=response_ids[:, :-1],
+        attention_mask=attention,
+        position_ids=positions(attention)[:, prompt_ids.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return torch.cat([first, rest], 1)
+
+
+def token_log_probs(model, hidden: Tensor, response_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(log-probability of each response token, entropy of its distribution), both (B, T) fp32, at the sampling temperature."""
+    logits = model.get_output_embeddings()(hidden).float() / temperature
+    log_probs = logits.log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return log_probs.gather(-1, response_ids[..., None])[..., 0], entropy
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    *,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_token_id: int,
+    pad_token_id: int,
+    generator: torch.Generator | None = None,
+) -> Generation:
+    """Sample `samples_per_prompt` responses a prompt; temperature 0 is greedy. Finished sequences leave the batch.
+
+    The end is known from EOS being sampled, never from a pad id, so a tokenizer with pad == EOS works. Raises TrainingDiverged
+    where the logits are not finite.
+    """
+    backbone, head = model.base_model, model.get_output_embeddings()
+    batch = prompt_ids.shape[0] * samples_per_prompt
+    device = prompt_ids.device
+    response_ids = torch.full((batch, max_new_tokens), pad_token_id, device=device)
+    mask, log_probs, entropy = (torch.zeros(batch, max_new_tokens, device=device) for _ in range(3))
+    hidden, cache, attention = _prefill(backbone, prompt_ids, prompt_mask)
+    hidden, attention = (x.repeat_interleave(samples_per_prompt, 0) for x in (hidden, attention))
+    cache.batch_repeat_interleave(samples_per_prompt)
+    alive = torch.arange(batch, device=device)
+    for t in range(max_new_tokens):
+        step_log_probs = (head(hidden).float() / (temperature or 1.0)).log_softmax(-1)
+        if not torch.isfinite(step_log_probs.sum()):
+            raise TrainingDiverged("the policy's logits are not finite")
+        probabilities = step_log_probs.exp()
+        sampled = temperature > 0
+        token = torch.multinomial(probabilities, 1, generator=generator)[:, 0] if sampled else step_log_probs.argmax(-1)
+        response_ids[alive, t], mask[alive, t] = token, 1.0
+        log_probs[alive, t] = step_log_probs.gather(-1, token[:, None])[:, 0]
+        entropy[alive, t] = -(probabilities * step_log_probs).sum(-1)
+        going = (token != eos_token_id).nonzero()[:, 0]
+        if len(going) == 0 or t + 1 == max_new_tokens:
+            break
+        if len(going) < len(alive):
+            cache.batch_select_indices(going)
+            alive, attention, token = alive[going], attention[going], token[going]
+        attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
+        hidden = backbone(
+            input_ids=token[:, None],
+            attention_mask=attention,
+            position_ids=positions(attention)[:, -1:],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+    length = t + 1
+    return Generation(response_ids[:, :length], mask[:, :length], log_probs[:, :length], entropy[:, :length])
+
+
+def decode(tokenizer, response_ids: Tensor, mask: Tensor) -> list[str]:
+    """Response texts, without what follows the end and without special tokens."""
+    lengths = mask.sum(-1).long().tolist()
+    return tokenizer.batch_decode([ids[:n] for ids, n in zip(response_ids.tolist(), lengths, strict=True)], skip_special_tokens=True)
+
+
+def respond(
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    precision: str = "auto",
+    temperature: float = 0.0,
+    samples: int = 1,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> list[list[str]]:
+    """Texts of `samples` responses to each prompt, in the order given. `progress` is told the prompts done after each batch."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    texts: list[list[str]] = [[] for _ in prompts]
+    # Prompts of like length share a batch, so little is padded.
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, mask = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id)
+        with autocast(precision, model.config.hidden_size, device):
+            generation = generate(
+                model,
+                ids.to(device),
+                mask.to(device),
+                samples_per_prompt=samples,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                generator=generator,
+            )
+        decoded = decode(tokenizer, generation.response_ids, generation.mask)
+        for row, i in enumerate(chosen):
+            texts[i] = decoded[row * samples : (row + 1) * samples]
+        if progress:
+            progress(len(chosen))
+    return texts

@@ -1,0 +1,104 @@
+"""Supervised warm start: next-token cross-entropy on the training labels as they are (wrong ones included), EOS learned."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dfpo_core import rollout
+from dfpo_core.config import PipelineConfig
+from dfpo_core.data import prompts
+from dfpo_core.engines.pytorch import TorchEngine, learning_rate_factor
+from dfpo_core.errors import UserError
+from dfpo_core.models import load_policy, save_policy
+
+
+def sft_loss(model, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor, token_count: float) -> Tensor:
+    """Cross-entropy over response tokens, divided by the token count of the whole batch, so that micro-batches add up."""
+    hidden = rollout.response_hidden(model.base_model, prompt_ids, prompt_mask, response_ids, mask, 1)
+    log_probs, _ = rollout.token_log_probs(model, hidden, response_ids)
+    return -(log_probs * mask).sum() / token_count
+
+
+def batch_indices(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Rows of 0-based `step`: a pure function of (seed, step) that walks a fresh permutation each pass over the data."""
+    chosen = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(position, rows)
+        if offset == 0 or not chosen:
+            order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        chosen.append(int(order[offset]))
+    return chosen
+
+
+def labelled(data: str | Path, columns: tuple[str, ...]) -> list[dict]:
+    """Rows of the noised training split. Raises UserError when the folder or a column is missing, or there are no rows."""
+    import pyarrow.parquet
+
+    path = Path(data) / "train.parquet"
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise UserError("data", f"cannot read {path} ({str(error).splitlines()[0][:120]})", "run noise_data first") from None
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise UserError("data", f"{path} lacks the column {missing[0]!r}", "run noise_data on it first")
+    if table.num_rows == 0:
+        raise UserError("data.train", "the training split is empty", "add rows or lower data.id_test_size")
+    return table.to_pylist()
+
+
+def targets(tokenizer, rows: list[dict]) -> list[list[int]]:
+    """Label tokens followed by EOS."""
+    return [tokenizer.encode(row["label"], add_special_tokens=False) + [tokenizer.eos_token_id] for row in rows]
+
+
+def run(config: str | PipelineConfig, parent_run_id: str, data: str, output: str) -> dict[str, float]:
+    """The step: warm-start `config.model` on `data/train.parquet`, write an HF checkpoint to `output`, return the last metrics."""
+    from dfpo_core import tracking
+
+    config = PipelineConfig.model_validate_json(config) if isinstance(config, str) else config
+    with tracking.step_run(config, "sft", parent_run_id) as step_run:
+        torch.set_num_threads(config.threads or torch.get_num_threads())
+        rows = labelled(data, ("row_id", "question", "label"))
+        step_run.log_dataset(str(Path(data) / "train.parquet"), "train", "training", {"noise": config.noise.kind})
+        model, tokenizer = load_policy(config.model, config.home_path)
+        metrics = train(model, tokenizer, rows, config, step_run)
+        save_policy(model, tokenizer, output)
+        step_run.log_artifacts(output, "policy")
+        return metrics
+
+
+def train(model, tokenizer, rows: list[dict], config: PipelineConfig, step_run) -> dict[str, float]:
+    """The loop: `config.sft.steps` optimizer steps in place. Returns the last step's metrics (empty without steps)."""
+    from tqdm import tqdm
+
+    settings, metrics = config.sft, {}
+    if settings.steps == 0:
+        return metrics
+    prompt_tokens = prompts.encode(tokenizer, rows, config.prompt)
+    label_tokens = targets(tokenizer, rows)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = TorchEngine(model.to(device), "sft", {"": settings.learning_rate}, settings.weight_decay, settings.max_grad_norm)
+    for step in tqdm(range(settings.steps), desc="sft", disable=None):
+        started = time.perf_counter()
+        chosen = batch_indices(len(rows), settings.batch_size, step, config.seed)
+        token_count = float(sum(len(label_tokens[i]) for i in chosen))
+        total = 0.0
+        for start in range(0, len(chosen), settings.micro_batch_size):
+            part = chosen[start : start + settings.micro_batch_size]
+            prompt = rollout.pad_left([prompt_tokens[i] for i in part], tokenizer.pad_token_id)
+            response = rollout.pad_right([label_tokens[i] for i in part], tokenizer.pad_token_id)
+            with rollout.autocast(config.precision, model.config.hidden_size, device):
+                loss = sft_loss(model, *(t.to(device) for t in (*prompt, *response)), token_count)
+            engine.backward(loss)
+            total += loss.item()
+        norm = engine.step(learning_rate_factor(step, settings.steps, settings.warmup_steps, "linear"))
+        seconds = time.perf_counter() - started
+        metrics = {"sft/loss": total, "sft/gradient_norm": norm, "sft/tokens_per_second": token_count / seconds}
+        step_run.log_metrics(metrics, step + 1)
+    model.to("cpu").eval()
+    return metrics

@@ -1,0 +1,460 @@
+"""RL post-training: roll out, score, estimate returns, compute advantages, update the policy and the critic.
+
+`Trainer.step` is the whole algorithm on one screen; which critic, advantage and policy loss it uses is the algorithm's choice
+(dfpo_core.algorithms). Resume is exact: on one CPU thread the metrics after a kill equal those of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfpo_core import advantages, algorithms, checkpoint, critics, figures, noise, policy_losses, rewards, rollout, tracking
+from dfpo_core.config import PipelineConfig
+from dfpo_core.critic_model import CriticModel, save_critic
+from dfpo_core.data import prompts
+from dfpo_core.engines.pytorch import TorchEngine, learning_rate_factor
+from dfpo_core.errors import TrainingDiverged, UserError
+from dfpo_core.models import directory_sha256, load_policy, save_policy
+from dfpo_core.policy_losses.ppo_clip import kl_estimate
+from dfpo_core.sft import batch_indices, labelled
+from dfpo_core.types import AdvantageInputs, CriticBatch, PolicyLossInputs, Rollout, masked_mean
+
+
+@dataclass(frozen=True)
+class StepDetails:
+    """One step's rollout with what was thought of it at rollout time, for tables and figures; None without a critic."""
+
+    step: int
+    batch: Rollout
+    texts: list[str]
+    advantages: Tensor  # (B, T)
+    realised: Tensor  # (B, T) undiscounted return-to-go
+    returns: Tensor | None  # (B, T, K)
+    values: Tensor | None  # (B, T)
+    uncertainty: Tensor | None  # (B, T)
+
+
+class Trainer:
+    """The state of one training run: policy, frozen reference, critic, their optimizers, the sampler's generator, the step."""
+
+    def __init__(self, config: PipelineConfig, sft_checkpoint: str, rows: list[dict]):
+        self.config, self.settings, self.rows = config, config.train, rows
+        self.row_of = {row["row_id"]: row for row in rows}
+        self.algorithm = algorithms.resolve(self.settings)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(config.seed)
+        policy, self.tokenizer = load_policy(sft_checkpoint, config.home_path)
+        reference, _ = load_policy(sft_checkpoint, config.home_path)
+        self.reference = reference.to(self.device).requires_grad_(False)
+        self.prompt_tokens = prompts.encode(self.tokenizer, rows, config.prompt)
+        limits = (self.settings.weight_decay, self.settings.max_grad_norm)
+        self.policy = TorchEngine(policy.to(self.device), "policy", {"": self.settings.learning_rate}, *limits)
+        self.critic = self._critic(*limits) if self.algorithm.critic_name else None
+        self.advantage = advantages.registry.get(self.algorithm.advantage_name)(self.algorithm.advantage_config)
+        self.policy_loss, self.policy_loss_engine = self._policy_loss(*limits)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.steps_done = 0
+        self.history: list[dict[str, float]] = []
+
+    def _critic(self, *limits: float) -> TorchEngine:
+        head = critics.registry.get(self.algorithm.critic_name)(self.reference.config.hidden_size, self.algorithm.critic_config)
+        model = CriticModel(self.reference, head, self.settings.critic_layers).to(self.device)
+        rates = {"backbone": self.settings.critic_learning_rate, "head": self.settings.critic_head_learning_rate}
+        return TorchEngine(model, "critic", rates, *limits)
+
+    def _policy_loss(self, *limits: float):
+        """(the loss or None, the engine of its own weights or None): only a loss that is a module has weights, FlowRL's log Z."""
+        if self.algorithm.policy_loss_name is None:
+            return None, None
+        entry, config = policy_losses.registry.get(self.algorithm.policy_loss_name), self.algorithm.policy_loss_config
+        if not issubclass(entry, torch.nn.Module):
+            return entry(config), None
+        loss = entry(config, self.reference.config.hidden_size).to(self.device)
+        return loss, TorchEngine(loss, "policy loss", {"": loss.learning_rate}, *limits)
+
+    # --- one training step ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, float]:
+        """One rollout and the updates on it. Returns the step's metrics; raises TrainingDiverged on a non-finite loss."""
+        started = time.perf_counter()
+        batch, texts = self.sample()
+        generated = time.perf_counter()
+        token_rewards = self.token_rewards(batch)
+        metrics = self.rollout_metrics(batch)
+        old_hidden = self.critic_hidden(batch)
+        returns, values = self.estimate(old_hidden)
+        if values is not None:
+            metrics |= value_metrics(token_rewards, returns, values, batch.mask)
+        advantage = self.advantage(
+            AdvantageInputs(token_rewards, batch.rewards, batch.mask, self.settings.samples_per_prompt, returns, values)
+        )
+        updates: list[dict[str, float]] = []
+        for prompts_chosen in self.minibatches():
+            update = {}
+            if self.critic is None or self.steps_done >= self.settings.critic_warmup_steps:
+                update |= self.update_policy(batch, advantage.advantages, prompts_chosen)
+            if self.critic is not None:
+                update |= self.update_critic(batch, token_rewards, old_hidden, returns, prompts_chosen)
+            updates.append(update)
+        seconds = time.perf_counter() - started
+        metrics |= advantage.metrics
+        if updates:
+            metrics |= {key: sum(u[key] for u in updates) / len(updates) for key in updates[0]}
+        metrics["rollout/tokens_per_second"] = batch.token_count / (generated - started)
+        metrics["train/step_seconds"] = seconds
+        self.steps_done += 1
+        self.last = self.details(batch, texts, token_rewards, returns, values, advantage.advantages, old_hidden)
+        return metrics
+
+    def sample(self) -> tuple[Rollout, list[str]]:
+        """Responses to the step's prompts with both rewards, and their texts."""
+        s = self.settings
+        chosen = batch_indices(len(self.rows), s.prompts_per_step, self.steps_done, self.config.seed)
+        ids, mask = rollout.pad_left([self.prompt_tokens[i] for i in chosen], self.tokenizer.pad_token_id)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        with self.autocast(), self.policy.gathered() as policy:
+            generation = rollout.generate(
+                policy,
+                ids,
+                mask,
+                samples_per_prompt=s.samples_per_prompt,
+                max_new_tokens=s.max_new_tokens,
+                temperature=s.temperature,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                generator=self.generator,
+            )
+        texts = rollout.decode(self.tokenizer, generation.response_ids, generation.mask)
+        rows = [self.rows[i] for i in chosen for _ in range(s.samples_per_prompt)]
+        # Keyed by question too: else a short answer such as 42 would be flipped for every question, or for none.
+        keys = [f"{row['row_id']}\n{text}" for row, text in zip(rows, texts, strict=True)]
+        noisy = noise.flip(rewards.score(rows, texts, "label"), keys, s.reward_noise.flip_rate, self.config.seed)
+        batch = Rollout(
+            prompt_ids=ids,
+            prompt_mask=mask,
+            response_ids=generation.response_ids,
+            mask=generation.mask,
+            log_probs=generation.log_probs,
+            reference_log_probs=torch.zeros_like(generation.log_probs),
+            entropy=generation.entropy,
+            rewards=torch.tensor(noisy, dtype=torch.float32, device=self.device),
+            clean_rewards=torch.tensor(rewards.score(rows, texts, "answer"), dtype=torch.float32, device=self.device),
+            row_ids=tuple(row["row_id"] for row in rows),
+            samples_per_prompt=s.samples_per_prompt,
+        )
+        # The cached decode and the batched pass differ by rounding, so both sides of every ratio come from the batched pass.
+        batch = replace(batch, reference_log_probs=self.score_tokens(self.reference, batch))
+        if s.epochs * s.minibatches > 1:
+            batch = replace(batch, log_probs=self.score_tokens(self.policy.module, batch))
+        return batch, texts
+
+    @torch.no_grad()
+    def score_tokens(self, model, batch: Rollout) -> Tensor:
+        """(B, T) log-probabilities of the sampled tokens under `model`."""
+        return torch.cat([self.log_probs(model, part)[0] for part in self.micro_batches(batch)])
+
+    def log_probs(self, model, batch: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """(log-probabilities (B, T), entropies (B, T), hidden state after the prompt (B, H)), with gradient."""
+        parts = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
+        with self.autocast():
+            hidden = rollout.response_hidden(model.base_model, *parts, batch.samples_per_prompt)
+            return *rollout.token_log_probs(model, hidden, batch.response_ids, self.settings.temperature), hidden[:, 0]
+
+    def token_rewards(self, batch: Rollout) -> Tensor:
+        """r_t = -beta KL_t + 1[t = T] R, (B, T); the sequence reward sits on the last valid token."""
+        last = batch.mask.sum(-1).long() - 1
+        reward = torch.zeros_like(batch.mask)
+        reward[torch.arange(len(last), device=self.device), last] = batch.rewards
+        if self.settings.kl_in == "reward" and self.settings.kl_coefficient:
+            kl = kl_estimate(batch.log_probs, batch.reference_log_probs, self.settings.kl_estimator)
+            reward = reward - self.settings.kl_coefficient * kl * batch.mask
+        return reward
+
+    def critic_hidden(self, batch: Rollout) -> Tensor | None:
+        """(B, T, H) hidden states of the critic before this step's updates, or None without a critic."""
+        if self.critic is None:
+            return None
+        with torch.no_grad(), self.autocast():
+            return torch.cat([self.critic.module.hidden(part) for part in self.micro_batches(batch)])
+
+    @torch.no_grad()
+    def estimate(self, hidden: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """(return samples (B, T, K), values (B, T)) of the rollout-time critic."""
+        if hidden is None:
+            return None, None
+        return self.critic.module.head.sample_returns(hidden), self.critic.module.head.value(hidden)
+
+    def update_policy(self, batch: Rollout, advantage: Tensor, chosen: Tensor) -> dict[str, float]:
+        """One optimizer step of the policy on the prompts `chosen`."""
+        minibatch, advantage = batch.select(chosen), self.rows_of(advantage, chosen)
+        single = self.settings.epochs * self.settings.minibatches == 1
+        metrics: dict[str, float] = {}
+        for part in chosen.new_tensor(range(len(chosen))).split(self.settings.micro_batch_prompts):
+            micro = minibatch.select(part)
+            log_probs, entropy, prompt_hidden = self.log_probs(self.policy.module, micro)
+            output = self.policy_loss(
+                PolicyLossInputs(
+                    log_probs=log_probs,
+                    entropy=entropy,
+                    # With one update a rollout the sampling policy is this very policy: the ratio is 1 by definition.
+                    old_log_probs=log_probs.detach() if single else micro.log_probs,
+                    reference_log_probs=micro.reference_log_probs,
+                    advantages=self.rows_of(advantage, part),
+                    mask=micro.mask,
+                    rewards=micro.rewards,
+                    token_count=minibatch.token_count,
+                    sequence_count=len(minibatch.row_ids),
+                    samples_per_prompt=self.settings.samples_per_prompt,
+                    max_new_tokens=self.settings.max_new_tokens,
+                    prompt_hidden=prompt_hidden,
+                )
+            )
+            self.policy.backward(output.loss)
+            metrics = {key: metrics.get(key, 0.0) + value for key, value in output.metrics.items()}
+        s = self.settings
+        factor = learning_rate_factor(self.steps_done, s.steps, s.warmup_steps, s.schedule)
+        metrics |= {"policy/gradient_norm": self.policy.step(factor), "policy/learning_rate": s.learning_rate * factor}
+        if self.policy_loss_engine:
+            metrics["policy/loss_gradient_norm"] = self.policy_loss_engine.step(factor)
+        return metrics
+
+    def update_critic(self, batch: Rollout, token_rewards: Tensor, old_hidden: Tensor, returns: Tensor, chosen: Tensor) -> dict[str, float]:
+        """One optimizer step of the critic on the prompts `chosen`; the targets use the rollout-time hidden states."""
+        minibatch = batch.select(chosen)
+        per_row = [self.rows_of(t, chosen) for t in (token_rewards, old_hidden, returns)]
+        # One seed an update, so that the critic draws the same flow times for every micro-batch and their losses add up.
+        seed = torch.randint(2**31, (1,), generator=self.generator, device=self.device).item()
+        metrics: dict[str, float] = {}
+        for part in chosen.new_tensor(range(len(chosen))).split(self.settings.micro_batch_prompts):
+            micro = minibatch.select(part)
+            levels = torch.Generator().manual_seed(seed)
+            micro_rewards, micro_hidden, micro_returns = (self.rows_of(t, part) for t in per_row)
+            with self.autocast():
+                hidden = self.critic.module.hidden(micro)
+            output = self.critic.module.head.loss(
+                CriticBatch(hidden, micro_hidden, micro_rewards, micro.mask, minibatch.token_count, micro_returns, levels)
+            )
+            self.critic.backward(output.loss)
+            metrics = {key: metrics.get(key, 0.0) + value for key, value in output.metrics.items()}
+        norm = self.critic.step()
+        self.critic.module.head.after_step()
+        return metrics | {"critic/gradient_norm": norm}
+
+    # --- pieces of a step ----------------------------------------------------------------------------------------------------
+
+    def autocast(self):
+        return rollout.autocast(self.config.precision, self.reference.config.hidden_size, self.device)
+
+    def rows_of(self, tensor: Tensor, prompts_chosen: Tensor) -> Tensor:
+        """The rows of a (B, ...) tensor that belong to the given prompts."""
+        grouped = tensor.unflatten(0, (-1, self.settings.samples_per_prompt))
+        return grouped[prompts_chosen].flatten(0, 1)
+
+    def micro_batches(self, batch: Rollout) -> list[Rollout]:
+        every = torch.arange(len(batch.prompt_ids), device=self.device)
+        return [batch.select(part) for part in every.split(self.settings.micro_batch_prompts)]
+
+    def minibatches(self) -> list[Tensor]:
+        """Prompt indices of each optimizer step: a fresh permutation an epoch, cut into equal parts. None without a policy loss."""
+        if self.policy_loss is None:
+            return []
+        s, parts = self.settings, []
+        for _ in range(s.epochs):
+            order = torch.randperm(s.prompts_per_step, generator=self.generator, device=self.device)
+            parts.extend(order.chunk(s.minibatches))
+        return parts
+
+    def rollout_metrics(self, batch: Rollout) -> dict[str, float]:
+        lengths = batch.mask.sum(-1)
+        ended = (batch.response_ids == self.tokenizer.eos_token_id).logical_and(batch.mask > 0).any(-1).float()
+        kl = kl_estimate(batch.log_probs, batch.reference_log_probs, "k1")
+        return {
+            "reward/noisy": batch.rewards.mean().item(),
+            "reward/clean": batch.clean_rewards.mean().item(),
+            "policy/kl_to_sft": masked_mean(kl, batch.mask).item(),
+            "policy/entropy": masked_mean(batch.entropy, batch.mask).item(),
+            "rollout/response_length": lengths.mean().item(),
+            "rollout/truncated_fraction": 1.0 - ended.mean().item(),
+        }
+
+    @torch.no_grad()
+    def details(self, batch, texts, token_rewards, returns, values, advantage, hidden) -> StepDetails:
+        """What the tables and figures of this step need."""
+        uncertainty = None if hidden is None else self.critic.module.head.uncertainty(hidden)
+        realised = returns_to_go(token_rewards)
+        return StepDetails(self.steps_done, batch, texts, advantage, realised, returns, values, uncertainty)
+
+    def sample_rows(self, details: StepDetails) -> list[dict[str, Any]]:
+        """One response a prompt, as rows of a table."""
+        table, batch = [], details.batch
+        for i in range(0, len(details.texts), batch.samples_per_prompt):
+            row, valid = self.row_of[batch.row_ids[i]], batch.mask[i] > 0
+            table.append(
+                {
+                    "step": details.step,
+                    "row_id": batch.row_ids[i],
+                    "question": row["question"],
+                    "response": details.texts[i],
+                    "label": row["label"],
+                    "answer": row["answer"],
+                    "reward": batch.rewards[i].item(),
+                    "clean_reward": batch.clean_rewards[i].item(),
+                    "advantage": details.advantages[i][valid].mean().item(),
+                    "value": None if details.values is None else details.values[i][valid].mean().item(),
+                }
+            )
+        return table
+
+    # --- resuming ------------------------------------------------------------------------------------------------------------
+
+    def state(self, identity: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "identity": identity,
+            "step": self.steps_done,
+            "next_row": self.steps_done * self.settings.prompts_per_step,
+            "policy": self.policy.state_dict(),
+            "critic": self.critic.state_dict() if self.critic else None,
+            "policy_loss": self.policy_loss_engine.state_dict() if self.policy_loss_engine else None,
+            "advantage": self.advantage.state_dict() if hasattr(self.advantage, "state_dict") else {},
+            "generator": self.generator.get_state(),
+            "rng": checkpoint.rng_state(),
+            "history": self.history,
+        }
+
+    def load_state(self, state: dict[str, Any], identity: dict[str, Any], uri: str) -> None:
+        """Continue from `state`. Raises UserError naming the first setting in which it differs from this run."""
+        for key, value in identity.items():
+            if state["identity"].get(key) != value:
+                message = f"the checkpoint at {uri} was made with another {key}"
+                raise UserError("train.checkpoint_uri", message, "name another place, or remove that checkpoint")
+        self.policy.load_state_dict(state["policy"])
+        if self.critic:
+            self.critic.load_state_dict(state["critic"])
+        if self.policy_loss_engine:
+            self.policy_loss_engine.load_state_dict(state["policy_loss"])
+        if state["advantage"]:
+            self.advantage.load_state_dict(state["advantage"])
+        self.generator.set_state(state["generator"])
+        checkpoint.set_rng_state(state["rng"])
+        self.steps_done, self.history = state["step"], state["history"]
+
+
+def returns_to_go(token_rewards: Tensor) -> Tensor:
+    """Undiscounted sum of the rewards from each token on: (B, T) -> (B, T)."""
+    return token_rewards.flip(-1).cumsum(-1).flip(-1)
+
+
+def value_metrics(token_rewards: Tensor, returns: Tensor, values: Tensor, mask: Tensor) -> dict[str, float]:
+    """Explained variance of the undiscounted return-to-go by `values` (B, T), and the level and spread of the estimates."""
+    realised = returns_to_go(token_rewards)
+    valid = mask > 0
+    variance = realised[valid].var(unbiased=False)
+    residual = (realised - values)[valid].var(unbiased=False)
+    # A batch in which every return is equal has nothing to explain.
+    explained = (1.0 - residual / variance).item() if variance > 1e-12 else 0.0
+    return {
+        "critic/explained_variance": explained,
+        "critic/value_mean": values[valid].mean().item(),
+        "critic/value_spread": returns.std(-1, unbiased=False)[valid].mean().item(),
+    }
+
+
+def identity_of(config: PipelineConfig, sft_checkpoint: str) -> dict[str, Any]:
+    """The settings that a resumed run must share with the run that it continues."""
+    values = config.model_dump(mode="json", exclude={"name", "home", "tracking", "cluster", "evaluate", "promote", "data", "sft"})
+    values["train"] = {k: v for k, v in values["train"].items() if k not in ("steps", "save_every", "checkpoint_uri")}
+    flat = {f"{section}.{key}": v for section in ("train", "noise", "prompt") for key, v in values.pop(section).items()}
+    return values | flat | {"sft checkpoint": directory_sha256(sft_checkpoint)}
+
+
+def run(
+    config: str | PipelineConfig,
+    parent_run_id: str,
+    pipeline_run_id: str,
+    data: str,
+    sft_checkpoint: str,
+    policy_output: str,
+    critic_output: str,
+) -> tuple[dict[str, float], str]:
+    """The step: train from `sft_checkpoint` on `data/train.parquet`, resuming from train.checkpoint_uri where one exists.
+
+    Writes the policy (HF format) and the critic; returns the last step's metrics and the id of the MLflow run.
+    """
+    config = PipelineConfig.model_validate_json(config) if isinstance(config, str) else config
+    with tracking.step_run(config, "train", parent_run_id) as step_run:
+        torch.set_num_threads(config.threads or torch.get_num_threads())
+        rows = labelled(data, ("row_id", "question", "answer", "label"))
+        step_run.log_dataset(str(Path(data) / "train.parquet"), "train", "training", {"noise": config.noise.kind})
+        uri = config.train.checkpoint_uri or str(config.home_path / "checkpoints" / pipeline_run_id)
+        trainer = Trainer(config, sft_checkpoint, rows)
+        step_run.log_params({"algorithm": trainer.algorithm.name, "checkpoint_uri": uri})
+        loop(trainer, uri, identity_of(config, sft_checkpoint), step_run)
+        save_policy(trainer.policy.module, trainer.tokenizer, policy_output)
+        step_run.log_artifacts(policy_output, "policy")
+        if trainer.critic:
+            description = {"name": trainer.algorithm.critic_name, "config": trainer.algorithm.critic_config.model_dump(mode="json")}
+            save_critic(trainer.critic.module, Path(critic_output), description)
+            step_run.log_artifacts(critic_output, "critic")
+        else:
+            Path(critic_output).mkdir(parents=True, exist_ok=True)
+        if not config.train.checkpoint_uri:
+            checkpoint.remove(uri)  # named after this pipeline run, so nothing can continue from it
+        return trainer.history[-1], step_run.run_id
+
+
+def loop(trainer: Trainer, uri: str, identity: dict[str, Any], step_run) -> None:
+    """Run the remaining steps, log each, save every `save_every`, plot the curves."""
+    from tqdm import tqdm
+
+    state = checkpoint.load(uri)
+    if state:
+        trainer.load_state(state, identity, uri)
+        del state
+        # A retried step is a new MLflow run: it gets the curves of the run that it continues.
+        for number, metrics in enumerate(trainer.history, 1):
+            step_run.log_metrics(metrics, number)
+        step_run.log_params({"resumed_from_step": trainer.steps_done})
+    settings = trainer.settings
+    bar = tqdm(total=settings.steps, initial=trainer.steps_done, desc=f"train ({trainer.algorithm.name})", disable=None)
+    with bar:
+        while trainer.steps_done < settings.steps:
+            try:
+                metrics = trainer.step()
+            except TrainingDiverged as error:
+                where = f"{uri}/diverged"
+                checkpoint.save(where, trainer.steps_done, trainer.state(identity))
+                raise TrainingDiverged(
+                    f"training stopped at step {trainer.steps_done + 1}: {error}; what it had is saved at {where}; "
+                    "lower train.learning_rate or train.critic_learning_rate"
+                ) from None
+            trainer.history.append(metrics)
+            step_run.log_metrics(metrics, trainer.steps_done)
+            bar.set_postfix(reward=f"{metrics['reward/noisy']:.2f}", clean=f"{metrics['reward/clean']:.2f}", refresh=False)
+            bar.update()
+            if trainer.steps_done % settings.save_every == 0 or trainer.steps_done == settings.steps:
+                checkpoint.save(uri, trainer.steps_done, trainer.state(identity))
+                log_details(trainer, step_run)
+    step_run.log_figure("learning_curves.png", figures.learning_curves(trainer.history))
+
+
+def log_details(trainer: Trainer, step_run) -> None:
+    """The last step's samples as a table; the critic's view of its first response and its calibration as figures."""
+    number, details = f"step-{trainer.steps_done:05d}", trainer.last
+    step_run.log_table(f"samples/{number}.json", trainer.sample_rows(details))
+    if details.returns is None:
+        return
+    valid = details.batch.mask[0] > 0
+    tokens = [trainer.tokenizer.decode([token]) for token in details.batch.response_ids[0][valid].tolist()]
+    row = trainer.row_of[details.batch.row_ids[0]]
+    title = f"{row['question'].strip()[-60:]}   reward {details.batch.rewards[0].item():.0f}, step {trainer.steps_done}"
+    one = [t[0][valid].cpu().numpy() for t in (details.returns, details.values, details.advantages, details.uncertainty)]
+    step_run.log_figure(f"value_fan/{number}.png", figures.value_fan(tokens, *one, title))
+    every = details.batch.mask > 0
+    arrays = [t[every].cpu().numpy() for t in (details.returns, details.values, details.realised)]
+    step_run.log_figure(f"calibration/{number}.png", figures.calibration(*arrays))

@@ -1,0 +1,1 @@
+"""The pipelines, their configurations and the `dfpo` command line."""
