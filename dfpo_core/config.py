@@ -34,6 +34,7 @@ class SourceConfig(Section):
     question_column: str = Field("question", description="column that holds the question")
     answer_column: str = Field("answer", description="column that holds the true answer")
     id_column: str = Field("id", description="column with a unique row id; generated from the content where absent")
+    metadata_column: str = Field("metadata", description="column with a JSON object that the reward may need; kept where present")
     reward: Literal["number", "choice", "exact"] = Field("number", description="how an answer is compared with the truth")
     licence: str = Field("", description="licence string, for data without a licence column")
 

@@ -44,7 +44,7 @@ def test_a_jsonl_row_becomes_a_row_of_the_schema(tmp_path):
     assert rows.table.schema == SCHEMA
     assert rows.table.to_pylist() == [
         {"row_id": "sums/7", "question": "1+1?", "answer": "2", "domain": "sums", "reward": "number", "licence": "MIT",
-         "source": str(tmp_path / "rows.jsonl"), "choices": None, "choice_labels": None}
+         "source": str(tmp_path / "rows.jsonl"), "choices": None, "choice_labels": None, "metadata": None}
     ]  # fmt: skip
     assert rows.sha256 == hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).hexdigest()
 
@@ -206,6 +206,27 @@ def test_arithmetic_families_give_plain_numbers_and_do_not_share_items_between_s
     for other in (read(source, seed=2), read(source, field="data.ood_test.0")):
         shared = set(other.table["question"].to_pylist()) & set(first.table["question"].to_pylist())
         assert len(shared) <= 6  # products of one-digit numbers repeat; neighbouring seeds would share 59
+
+
+@pytest.mark.parametrize("given", [{"depth": [1, 2]}, '{"depth": [1, 2]}'])
+def test_metadata_is_kept_as_json_text(tmp_path, given):
+    rows = read(jsonl(tmp_path, {"question": "q", "answer": 1, "metadata": given})).table.to_pylist()
+    assert json.loads(rows[0]["metadata"]) == {"depth": [1, 2]}
+
+
+@pytest.mark.parametrize(("given", "reason"), [("notes", "is not JSON"), ([1], "is not a JSON object"), ("7", "is not a JSON object")])
+def test_metadata_that_is_no_json_object_is_rejected_and_another_column_can_be_named(tmp_path, given, reason):
+    source = jsonl(tmp_path, {"question": "q", "answer": 1, "metadata": given})
+    assert [(reject["field"], reject["reason"]) for reject in read(source).rejects] == [("metadata", reason)]
+    assert read({**source, "metadata_column": "extra"}).table["metadata"].to_pylist() == [None]
+
+
+def test_a_reasoning_gym_row_carries_what_its_scorer_reads():
+    pytest.importorskip("reasoning_gym")
+    source = {"kind": "reasoning_gym", "name": "spell_backward", "size": 3, "reward": "exact", "options": {"max_word_len": 5}}
+    metadata = [json.loads(row["metadata"]) for row in read(source).table.to_pylist()]
+    assert [entry["source_dataset"] for entry in metadata] == ["spell_backward"] * 3
+    assert [entry["source_options"] for entry in metadata] == [{"max_word_len": 5}] * 3
 
 
 def test_a_text_family_needs_the_exact_reward():

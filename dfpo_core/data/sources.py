@@ -4,8 +4,9 @@ Every source becomes one Arrow table with the columns of SCHEMA. A row that does
 reason; whether that fails the step is decided by `data.max_reject_fraction` in `prepare`.
 
 Besides question and answer a row may carry `choices` (a list, or the hub's {"text": [...], "label": [...]}), `labels` or
-`choice_labels` (default A, B, C, ...), `source` and `licence`. A numeric answer is cast to text; behind `####` (GSM8K's layout)
-only the final number counts; a whole number that is no label is an index into the options (MMLU's layout).
+`choice_labels` (default A, B, C, ...), `source`, `licence` and `metadata` (a JSON object, for rewards that read more than the answer).
+A numeric answer is cast to text; behind `####` (GSM8K's layout) only the final number counts; a whole number that is no label is an
+index into the options (MMLU's layout).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SCHEMA = pa.schema(
         *((name, pa.string()) for name in ("row_id", "question", "answer", "domain", "reward", "source", "licence")),
         ("choices", pa.list_(pa.string())),
         ("choice_labels", pa.list_(pa.string())),
+        ("metadata", pa.string()),  # a JSON object that a reward may need, or null
     ]
 )
 GYM_SEED_SPACING = 10**7  # item i of a family uses seed + i: seeds closer than a source's size would share items
@@ -173,7 +175,17 @@ def _read_gym(source: SourceConfig, seed: int, field: str) -> tuple[list[_Record
     except (AssertionError, TypeError, ValueError) as error:
         problem = f"the family {source.name} fails to generate ({error})"
         raise UserError(f"{field}.name", problem, "choose another family or options") from None
-    return _digested([{source.question_column: item["question"], source.answer_column: item["answer"]} for item in items])
+    options = {"source_options": source.options}  # a family's scorer may read them
+    return _digested(
+        [
+            {
+                source.question_column: item["question"],
+                source.answer_column: item["answer"],
+                source.metadata_column: item["metadata"] | options,
+            }
+            for item in items
+        ]
+    )
 
 
 _READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "hub": _read_hub, "reasoning_gym": _read_gym}
@@ -272,6 +284,7 @@ def _row(values: Any, source: SourceConfig, origin: str) -> tuple[dict[str, Any]
         "licence": _optional_text(values, "licence") or source.licence or _LICENCES.get(source.kind, ""),
         "choices": choices,
         "choice_labels": labels,
+        "metadata": _metadata(values, source.metadata_column),
     }
     return row, given_id in (None, "")
 
@@ -311,6 +324,21 @@ def _answer(values: dict[str, Any], source: SourceConfig, labels: list[str] | No
     if labels is not None and answer not in labels:
         raise Rejected(column, f"{_short(answer)} is not among the labels {', '.join(labels)}")
     return answer
+
+
+def _metadata(values: dict[str, Any], column: str) -> str | None:
+    """The row's metadata as the text of a JSON object. Takes such a text, or the object itself."""
+    value = values.get(column)
+    if value in (None, ""):
+        return None
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(parsed, ensure_ascii=True)
+    except (TypeError, ValueError, RecursionError):
+        raise Rejected(column, "is not JSON") from None
+    if not isinstance(parsed, dict):
+        raise Rejected(column, "is not a JSON object")
+    return text
 
 
 def _number_text(value: int | float | Decimal) -> str:
