@@ -26,11 +26,15 @@ class Section(BaseModel):
 class SourceConfig(Section):
     """One source of question / answer rows."""
 
-    kind: Literal["reasoning_gym", "jsonl", "parquet", "hub"] = Field(description="how to read it")
-    name: str = Field(description="reasoning-gym family, path or fsspec URL, or hub data set id")
+    kind: Literal["dataset", "reasoning_gym", "jsonl", "parquet", "hub"] = Field(description="how to read it")
+    name: str = Field(description="named data set of a domain, reasoning-gym family, path or fsspec URL, or hub data set id")
     domain: str = Field("", description="name used in metrics; default: the source's name")
     size: int = Field(0, ge=0, description="rows to take; 0 takes all (reasoning-gym needs a size)")
-    options: dict[str, Any] = Field({}, description="family arguments, or split / config name / revision of a hub data set")
+    options: dict[str, Any] = Field(
+        {},
+        description="family arguments; split / config / revision of a hub data set; split / path / subjects / by_subject / revision "
+        "of a named one",
+    )
     question_column: str = Field("question", description="column that holds the question")
     answer_column: str = Field("answer", description="column that holds the true answer")
     id_column: str = Field("id", description="column with a unique row id; generated from the content where absent")
@@ -44,15 +48,38 @@ class SourceConfig(Section):
             raise ValueError("size must be above 0 for a reasoning_gym source")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_data_set_says(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("kind") != "dataset" or not isinstance(values.get("name"), str):
+            return values
+        from dfpo_core import domains
+
+        entry = domains.data_set(values["name"], "data")
+        return {"reward": entry.reward, "licence": entry.licence, **values}
+
 
 class DataConfig(Section):
     """Where rows come from and how they are split."""
 
+    domain: str = Field("", description="domain whose sources fill train, id_test and ood_test where none are given")
+    folder: str = Field("", description="folder with local copies of named data sets; those that are not in it come from the hub")
     train: list[SourceConfig] = Field(min_length=1, description="training sources, also the source of id_test")
     ood_test: list[SourceConfig] = Field([], description="sources held out as out of domain")
     id_test: list[SourceConfig] = Field([], description="in-domain test sources; empty: split off from train by question hash")
     id_test_size: int = Field(200, ge=1, description="rows split off from train when id_test is empty")
     max_reject_fraction: float = Field(0.0, ge=0, le=1, description="share of bad rows above which the step fails")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_domain_says(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("domain"), str) or not values["domain"]:
+            return values
+        from dfpo_core import domains
+
+        entry = domains.registry.get(values["domain"])
+        given = {name: value for name, value in values.items() if value != []}
+        return {name: list(getattr(entry, name)) for name in ("train", "id_test", "ood_test")} | given
 
 
 class NoiseConfig(Section):
@@ -62,12 +89,43 @@ class NoiseConfig(Section):
     rate: float = Field(0.0, ge=0, le=1, description="share of training labels made wrong")
 
 
+class ExampleConfig(Section):
+    """One worked example in front of the question."""
+
+    question: str = Field(min_length=1, description="its question")
+    answer: str = Field(min_length=1, description="its answer, in the form that is wanted")
+    choices: list[str] = Field([], description="its options")
+    labels: list[str] = Field([], description="labels of the options; default A, B, C, ...")
+    reward: str = Field("", description="shown to rows with this reward only; empty: to all")
+
+    @model_validator(mode="after")
+    def _one_label_an_option(self):
+        if self.labels and len(self.labels) != len(self.choices):
+            raise ValueError("needs as many labels as choices")
+        return self
+
+
 class PromptConfig(Section):
     """How a question becomes a prompt."""
 
+    domain: str = Field("", description="domain whose prompt fills the fields that are not given")
     system: str = Field("", description="system prompt; empty leaves it to the chat template")
     template: str = Field("{question}", description="user turn; must contain {question}")
-    max_prompt_tokens: int = Field(256, ge=1, description="a longer prompt is refused")
+    answer_format: dict[str, str] = Field(
+        {}, description="by the row's reward: a line under the question that says what an answer looks like"
+    )
+    examples: list[ExampleConfig] = Field([], description="worked examples, as earlier turns of the conversation")
+    max_prompt_tokens: int = Field(256, ge=1, description="the longest prompt; none is ever cut")
+    too_long: Literal["refuse", "drop"] = Field("refuse", description="a longer prompt fails prepare_data, or is dropped and counted")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_domain_says(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("domain"), str) or not values["domain"]:
+            return values
+        from dfpo_core import domains
+
+        return domains.registry.get(values["domain"]).prompt.model_dump() | values
 
     @model_validator(mode="after")
     def _has_question(self):

@@ -150,7 +150,7 @@ def _source(source: SourceConfig, field: str) -> Iterator[UserError]:
             yield UserError(f"{field}.name", f"cannot read {source.name}", "change its permissions")
         elif path.stat().st_size == 0:
             yield UserError(f"{field}.name", f"{source.name} is empty", "give a file with rows")
-    elif source.kind == "hub" or (source.kind == "reasoning_gym" and find_spec("reasoning_gym")):
+    elif source.kind in ("dataset", "hub") or (source.kind == "reasoning_gym" and find_spec("reasoning_gym")):
         from dfpo_core.data.sources import check_source
 
         yield from _raised(check_source, source, field)

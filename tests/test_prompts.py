@@ -54,7 +54,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_its_row():
     with pytest.raises(UserError) as raised:
         encode(characters(), ROWS, PromptConfig(max_prompt_tokens=8))
     problem = "prompt.max_prompt_tokens: 1 of 2 prompts are longer than 8 tokens, row 'd/2' has 9"
-    assert str(raised.value) == f"{problem}; set it to at least 9, or remove the rows"
+    assert str(raised.value) == f"{problem}; set it to at least 9, or prompt.too_long to drop"
 
 
 def test_a_template_without_a_system_role_is_named():

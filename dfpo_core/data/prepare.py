@@ -69,7 +69,7 @@ def read_sources(data: DataConfig, seed: int) -> dict[str, list[SourceRows]]:
     """Every configured source by split. Raises UserError when one cannot be read at all."""
     configured: dict[str, list[SourceConfig]] = {name: getattr(data, name) for name in SPLITS}
     return {
-        name: [read_source(source, seed, f"data.{name}.{index}") for index, source in enumerate(sources)]
+        name: [read_source(source, seed, f"data.{name}.{index}", data.folder) for index, source in enumerate(sources)]
         for name, sources in configured.items()
     }
 

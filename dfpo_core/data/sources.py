@@ -1,12 +1,10 @@
-"""Read question / answer rows: reasoning-gym families, JSONL and Parquet (paths or fsspec URLs), hub data sets.
+"""Read question / answer rows: named data sets, reasoning-gym families, JSONL and Parquet (paths or fsspec URLs), hub data sets.
 
 Every source becomes one Arrow table with the columns of SCHEMA. A row that does not fit is set aside with its file, line, field and
 reason; whether that fails the step is decided by `data.max_reject_fraction` in `prepare`.
 
-Besides question and answer a row may carry `choices` (a list, or the hub's {"text": [...], "label": [...]}), `labels` or
-`choice_labels` (default A, B, C, ...), `source`, `licence` and `metadata` (a JSON object, for rewards that read more than the answer).
-A numeric answer is cast to text; behind `####` (GSM8K's layout) only the final number counts; a whole number that is no label is an
-index into the options (MMLU's layout).
+The columns of a row are listed in `dfpo_core.domains`. A numeric answer is cast to text; behind `####` (GSM8K's layout) only the
+final number counts; a whole number that is no label is an index into the options (MMLU's layout).
 """
 
 from __future__ import annotations
@@ -19,12 +17,14 @@ import json
 import os
 import re
 import string
+from collections import Counter
 from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
+from dfpo_core import domains
 from dfpo_core.config import SourceConfig
 from dfpo_core.errors import UserError
 from dfpo_core.rewards import canonical_number, normalise_text
@@ -37,8 +37,10 @@ SCHEMA = pa.schema(
         ("metadata", pa.string()),  # a JSON object that a reward may need, or null
     ]
 )
+REWARDS = "number", "choice", "exact"  # that a row may name; anything else (an import path) is for the configuration to say
 GYM_SEED_SPACING = 10**7  # item i of a family uses seed + i: seeds closer than a source's size would share items
 _HUB_OPTIONS = {"split": "train", "config": None, "revision": None}
+_NAMED_OPTIONS = ("split", "path", "subjects", "by_subject", "revision")
 _LICENCES = {"reasoning_gym": "Apache-2.0 (reasoning-gym)"}
 _Record = tuple[int, Any]  # line or row number from 1, and a dict (or a Rejected that says why there is none)
 
@@ -58,12 +60,23 @@ class SourceRows:
     field: str  # where the configuration names it, e.g. data.train.0
     origin: str  # file, URL, hub id or gym:family
     table: pa.Table  # SCHEMA
-    rejects: list[dict[str, Any]]  # file, line, field, reason
+    lines: list[int]  # of each row of the table: its line or row number in the source, from 1
+    rejects: list[dict[str, Any]]  # source, file, line, field, reason
+    left_out: dict[str, int]  # rows that the source holds but that were not asked for, by reason
     sha256: str  # of the file's bytes; of the rows for generators and hub data sets
 
     @property
     def rows_read(self) -> int:
         return self.table.num_rows + len(self.rejects)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What a reader found, before validation."""
+
+    records: list[_Record]
+    sha256: str
+    origin: str
 
 
 def domain_of(source: SourceConfig) -> str:
@@ -73,37 +86,47 @@ def domain_of(source: SourceConfig) -> str:
     return re.sub(r"[^\w.-]+", "-", name)
 
 
-def read_source(source: SourceConfig, seed: int, field: str) -> SourceRows:
+def read_source(source: SourceConfig, seed: int, field: str, folder: str = "") -> SourceRows:
     """Read and validate one source.
 
     Args:
         seed: the configuration's seed; reasoning-gym items depend on it.
-        field: the configuration key of the source, for messages.
+        field: the configuration key of the source, for messages; under data.train a named data set gives its training split.
+        folder: where local copies of named data sets are (data.folder).
 
     Raises:
         UserError: the source as a whole cannot be read. Single bad rows are returned in `rejects`.
     """
-    records, sha256 = _READERS[source.kind](source, seed, field)
-    origin = f"gym:{source.name}" if source.kind == "reasoning_gym" else source.name
-    rows, rejects, seen = [], [], set()
-    for line, values in records:
+    named = domains.data_set(source.name, f"{field}.name") if source.kind == "dataset" else None
+    read = _read_named(named, source, field, folder) if named else _READERS[source.kind](source, seed, field)
+    rows, lines, rejects, seen, left_out = [], [], [], set(), Counter()
+    for line, values in read.records:
         try:
-            row, generated = _row(values, source, origin)
+            if named:
+                values = _as_documented(values, named, source)
+            row, generated = _row(values, source, read.origin)
             if not generated and row["row_id"] in seen:
                 raise Rejected(source.id_column, f"the id {str(values[source.id_column])!r} occurs twice")
+        except domains.LeftOut as reason:
+            left_out[str(reason)] += 1
+            continue
         except Rejected as problem:
-            rejects.append({"source": field, "file": origin, "line": line, "field": problem.field, "reason": problem.reason})
+            rejects.append({"source": field, "file": read.origin, "line": line, "field": problem.field, "reason": problem.reason})
             continue
         seen.add(row["row_id"])
         rows.append(row)
+        lines.append(line)
     if not rows and not rejects:
-        raise UserError(f"{field}.name", f"{origin} holds no rows", "give a source with at least one row")
-    return SourceRows(field, origin, pa.Table.from_pylist(rows, schema=SCHEMA), rejects, sha256)
+        why = f" that were asked for ({', '.join(left_out)})" if left_out else ""
+        raise UserError(f"{field}.name", f"{read.origin} holds no rows{why}", "give a source with at least one row")
+    return SourceRows(field, read.origin, pa.Table.from_pylist(rows, schema=SCHEMA), lines, rejects, dict(left_out), read.sha256)
 
 
 def check_source(source: SourceConfig, field: str) -> None:
-    """Fail on an unknown family or option of a generator or a hub data set, without reading rows. Hub ids are not looked up."""
-    if source.kind == "reasoning_gym":
+    """Fail on an unknown name, option or split of a generator or a data set, without reading rows. Hub ids are not looked up."""
+    if source.kind == "dataset":
+        _split_of(domains.data_set(source.name, f"{field}.name"), source, field)
+    elif source.kind == "reasoning_gym":
         _gym_dataset(source, 0, field)
     elif source.kind == "hub":
         _hub_options(source, field)
@@ -114,10 +137,10 @@ def question_key(question: str, choices: list[str] | None) -> str:
     return "\n".join([normalise_text(question), *sorted(normalise_text(choice) for choice in choices or ())])
 
 
-# Readers: (source, seed, field) -> numbered records, sha256
+# Readers
 
 
-def _read_jsonl(source: SourceConfig, seed: int, field: str) -> tuple[list[_Record], str]:
+def _read_jsonl(source: SourceConfig, seed: int, field: str) -> _Read:
     digest = hashlib.sha256()
     records: list[_Record] = []
     with _open(source.name, field) as lines:
@@ -125,7 +148,7 @@ def _read_jsonl(source: SourceConfig, seed: int, field: str) -> tuple[list[_Reco
             digest.update(line)
             if line.strip():
                 records.append((number, _parse_line(line)))
-    return records, digest.hexdigest()
+    return _Read(records, digest.hexdigest(), source.name)
 
 
 def _parse_line(line: bytes) -> Any:
@@ -138,64 +161,154 @@ def _parse_line(line: bytes) -> Any:
     return values if isinstance(values, dict) else Rejected("line", "is not a JSON object")
 
 
-def _read_parquet(source: SourceConfig, seed: int, field: str) -> tuple[list[_Record], str]:
+def _read_parquet(source: SourceConfig, seed: int, field: str) -> _Read:
+    table, sha256 = _parquet(source.name, field)
+    _demand_columns(table.column_names, source, field)
+    return _Read(list(enumerate(table.to_pylist(), start=1)), sha256, source.name)
+
+
+def _parquet(name: str, field: str) -> tuple[pa.Table, str]:
     import pyarrow.parquet as pq
 
-    with _open(source.name, field) as file:
+    with _open(name, field) as file:
         data = file.read()
     try:
-        table = pq.read_table(io.BytesIO(data))
+        return pq.read_table(io.BytesIO(data)), hashlib.sha256(data).hexdigest()
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise UserError(f"{field}.name", f"{source.name} is not readable Parquet ({reason})", "write the file again") from None
-    _demand_columns(table.column_names, source, field)
-    return list(enumerate(table.to_pylist(), start=1)), hashlib.sha256(data).hexdigest()
+        raise UserError(f"{field}.name", f"{name} is not readable Parquet ({reason})", "write the file again") from None
 
 
-def _read_hub(source: SourceConfig, seed: int, field: str) -> tuple[list[_Record], str]:
+def _read_hub(source: SourceConfig, seed: int, field: str) -> _Read:
     options = _hub_options(source, field)
+    rows = _load(source.name, options["config"], options["split"], options["revision"], field)
+    _demand_columns(rows.column_names, source, field)
+    return _digested(list(rows), source.name)
+
+
+def _load(name: str, config: str | None, split: str, revision: str | None, field: str):
+    """The rows of a hub data set, of a local copy of one, or of a folder that `datasets` saved. Raises UserError."""
     try:
         import datasets
     except ImportError:
         raise UserError(f"{field}.kind", "the datasets package is not installed", "pip install 'dfpo[train]'") from None
+    folder = os.path.expanduser(name)
     try:
-        rows = datasets.load_dataset(source.name, options["config"], split=options["split"], revision=options["revision"])
-    except (OSError, ValueError, RuntimeError) as error:
+        if _is_saved(folder):
+            saved = datasets.load_from_disk(folder)
+            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        return datasets.load_dataset(folder if os.path.isdir(folder) else name, config, split=split, revision=revision)
+    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         fix = "check the id, options.split and options.config, and the connection to the hub"
-        raise UserError(f"{field}.name", f"cannot load the hub data set {source.name!r} ({reason})", fix) from None
-    _demand_columns(rows.column_names, source, field)
-    return _digested(list(rows))
+        raise UserError(f"{field}.name", f"cannot load the hub data set {name!r} ({reason})", fix) from None
 
 
-def _read_gym(source: SourceConfig, seed: int, field: str) -> tuple[list[_Record], str]:
+def _is_saved(folder: str) -> bool:
+    """Whether `datasets` wrote the folder with save_to_disk."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
+
+
+def _read_gym(source: SourceConfig, seed: int, field: str) -> _Read:
     dataset = _gym_dataset(source, seed, field)
     try:
         items = [dataset[index] for index in range(source.size)]
     except (AssertionError, TypeError, ValueError) as error:
         problem = f"the family {source.name} fails to generate ({error})"
         raise UserError(f"{field}.name", problem, "choose another family or options") from None
-    options = {"source_options": source.options}  # a family's scorer may read them
-    return _digested(
-        [
-            {
-                source.question_column: item["question"],
-                source.answer_column: item["answer"],
-                source.metadata_column: item["metadata"] | options,
-            }
-            for item in items
-        ]
-    )
+    kept = {"source_options": source.options}  # a family's scorer may read them
+    columns = source.question_column, source.answer_column, source.metadata_column
+    rows = [dict(zip(columns, (item["question"], item["answer"], item["metadata"] | kept), strict=True)) for item in items]
+    return _digested(rows, f"gym:{source.name}")
 
 
 _READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "hub": _read_hub, "reasoning_gym": _read_gym}
 
 
-def _digested(rows: list[dict[str, Any]]) -> tuple[list[_Record], str]:
+def _digested(rows: list[dict[str, Any]], origin: str) -> _Read:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return list(enumerate(rows, start=1)), digest.hexdigest()
+    return _Read(list(enumerate(rows, start=1)), digest.hexdigest(), origin)
+
+
+# Named data sets
+
+
+def _read_named(entry: domains.DataSet, source: SourceConfig, field: str, folder: str) -> _Read:
+    """A named data set from `options.path`, else from `folder` where it is there, else from the hub."""
+    split = _split_of(entry, source, field)
+    place = source.options.get("path") or _local_copy(entry, split, folder, field) or entry.hub
+    origin = source.model_copy(update={"name": place})
+    if place.endswith(".jsonl"):
+        return _read_jsonl(origin, 0, field)
+    if place.endswith(".parquet"):
+        table, sha256 = _parquet(place, field)
+        return _Read(list(enumerate(table.to_pylist(), start=1)), sha256, place)
+    rows: list[dict[str, Any]] = []
+    for config in _configs(entry, place):
+        rows += list(_load(place, config, split.hub, source.options.get("revision"), field))
+    return _digested(rows, place)
+
+
+def _configs(entry: domains.DataSet, place: str) -> tuple[str | None, ...]:
+    """The configurations to read at `place`: a local copy may lack the card that lists them, and is then one table."""
+    folder = os.path.expanduser(place)
+    if entry.configs and os.path.isdir(folder):
+        import datasets
+
+        listed = [] if _is_saved(folder) else datasets.get_dataset_config_names(folder)
+        return entry.configs if set(entry.configs) <= set(listed) else (None,)
+    return entry.configs or (None,)
+
+
+def _split_of(entry: domains.DataSet, source: SourceConfig, field: str) -> domains.Split:
+    """The split that is asked for: `options.split`, else train under data.train and test elsewhere. Raises UserError."""
+    _refuse_unknown(source.options, list(_NAMED_OPTIONS), field, f"the data set {source.name}")
+    wanted = source.options.get("split") or ("train" if field.split(".")[1:2] == ["train"] else "test")
+    if wanted not in entry.splits:
+        problem = f"the data set {source.name} has no split {wanted!r}"
+        raise UserError(f"{field}.options.split", problem, f"choose one of: {', '.join(entry.splits)}")
+    return entry.splits[wanted]
+
+
+def _local_copy(entry: domains.DataSet, split: domains.Split, folder: str, field: str) -> str | None:
+    """The file or folder in `folder` that holds the split: STEM.jsonl, STEM.parquet, STEM/, or a copy of the hub's repository under
+    its id or the last part of it. None where there is none."""
+    if not folder:
+        return None
+    import fsspec
+
+    try:
+        files, root = fsspec.core.url_to_fs(folder)
+        if not files.isdir(root):
+            raise UserError("data.folder", f"there is no folder {folder}", "give an existing folder, or leave it empty")
+        names = f"{split.file}.jsonl", f"{split.file}.parquet", split.file, entry.hub, entry.hub.rpartition("/")[2]
+        found = next((name for name in names if files.exists(f"{root}/{name}")), None)
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError("data.folder", f"cannot look into {folder} ({error})", "give a readable folder or URL") from None
+    return found and f"{os.path.expanduser(folder).rstrip('/')}/{found}"
+
+
+def _as_documented(values: Any, entry: domains.DataSet, source: SourceConfig) -> Any:
+    """A row of a named data set in the documented columns. Raises Rejected, and LeftOut for a subject that is not asked for."""
+    if isinstance(values, Rejected):
+        return values
+    if entry.columns and all(name in values for name in entry.columns.values()):
+        hidden = {source.metadata_column: None}  # the hub's column of that name, where there is one, is not ours
+        values = {**values, **hidden, **{ours: values[theirs] for ours, theirs in entry.columns.items()}}
+        try:
+            values = entry.convert(values) if entry.convert else values
+        except ValueError as problem:
+            raise Rejected("answer", str(problem)) from None
+    subjects = source.options.get("subjects") or entry.subjects
+    if subjects and values.get("subject") not in (None, ""):
+        wanted, subject = {domains.subject_key(name) for name in subjects}, domains.subject_key(values["subject"])
+        if subject not in wanted:
+            raise domains.LeftOut(f"the subject {subject}")
+    elif source.options.get("subjects"):
+        raise Rejected("subject", "is missing, and options.subjects selects by it")
+    return values
 
 
 def _open(name: str, field: str):
@@ -268,18 +381,21 @@ def _row(values: Any, source: SourceConfig, origin: str) -> tuple[dict[str, Any]
     """One row of SCHEMA, and whether its id was made from the content. Raises Rejected."""
     if isinstance(values, Rejected):
         raise values
+    reward = _reward(values, source)
     question = _text(values, source.question_column)
-    choices, labels = _options(values) if source.reward == "choice" else (None, None)
-    answer = _answer(values, source, labels)
+    choices, labels = _options(values) if reward == "choice" else (None, None)
+    answer = _answer(values, source.answer_column, reward, labels)
     given_id = values.get(source.id_column)
     identity = hashlib.sha256(question_key(question, choices).encode()).hexdigest()[:16] if given_id in (None, "") else str(given_id)
     domain = domain_of(source)
+    if source.options.get("by_subject") and source.kind == "dataset":
+        domain += f".{domains.subject_key(_text(values, 'subject'))}"
     row = {
         "row_id": f"{domain}/{identity}",
         "question": question,
         "answer": answer,
         "domain": domain,
-        "reward": source.reward,
+        "reward": reward,
         "source": _optional_text(values, "source") or origin,
         "licence": _optional_text(values, "licence") or source.licence or _LICENCES.get(source.kind, ""),
         "choices": choices,
@@ -309,14 +425,23 @@ def _optional_text(values: dict[str, Any], column: str) -> str:
     return "" if values.get(column) in (None, "") else _checked_text(values[column], column)
 
 
-def _answer(values: dict[str, Any], source: SourceConfig, labels: list[str] | None) -> str:
-    column = source.answer_column
+def _reward(values: dict[str, Any], source: SourceConfig) -> str:
+    """The row's own kind of reward where it names one, else the source's. A number in that column is somebody else's score."""
+    given = values.get("reward")
+    if not isinstance(given, str) or not given:
+        return source.reward
+    if given not in REWARDS:
+        raise Rejected("reward", f"{_short(given)} is none of {', '.join(REWARDS)}")
+    return given
+
+
+def _answer(values: dict[str, Any], column: str, reward: str, labels: list[str] | None) -> str:
     value = values.get(column)
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if is_number and labels and str(value) not in labels and isinstance(value, int) and 0 <= value < len(labels):
         return labels[value]
     answer = _number_text(value) if is_number else _text(values, column).strip()
-    if source.reward == "number":
+    if reward == "number":
         plain = canonical_number(answer.rpartition("####")[2])
         if plain is None:
             raise Rejected(column, f"{_short(answer)} is not a plain number")
