@@ -12,6 +12,7 @@ from itertools import zip_longest
 from typing import Any
 
 from dfpo_core.config import PipelineConfig
+from dfpo_core.html import page, section, shortened, table, text_cell
 from dfpo_core.promote import Decision
 from dfpo_core.tracking import flatten, noise_tag
 
@@ -20,32 +21,6 @@ SPLIT_NAMES = {"id_test": "In domain", "ood_test": "Out of domain"}
 COLOURS = {"base": "#9aa5b1", "sft": "#d99a3d", "trained": "#2f6db5", "champion": "#6b4fa0"}
 SHOWN_SAMPLES = 24
 _FIGURE_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "dfpo"}
-_STYLE = """
-:root { color-scheme: light; --ink: #1d2733; --soft: #5b6875; --line: #dfe4ea; --good: #1c7c4a; --bad: #b3372f; --paper: #fff; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f4f6f8; color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem; letter-spacing: -.01em; }
-h2 { font-size: 1.15rem; margin: 0 0 .75rem; }
-p { margin: 0 0 .75rem; } .soft { color: var(--soft); }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 1.5rem; margin-top: 1.25rem; }
-figure { margin: 0; } figure img { display: block; width: 100%; height: auto; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--line); padding: .4rem .75rem .4rem 0; }
-td { border-bottom: 1px solid var(--line); padding: .45rem .75rem .45rem 0; vertical-align: top; }
-th:last-child, td:last-child { padding-right: 0; }
-tr:last-child td { border-bottom: 0; }
-th.number, td.number { text-align: right; white-space: nowrap; }
-td:first-child { white-space: nowrap; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 14rem; max-width: 24rem; }
-.text.short { min-width: 5rem; max-width: 13rem; }
-.good { color: var(--good); } .bad { color: var(--bad); } .mark { font-weight: 700; margin-right: .3rem; }
-.banner { border-left: 5px solid; } .banner p, .banner td { color: var(--ink); }
-details summary { cursor: pointer; font-weight: 600; } details[open] summary { margin-bottom: .75rem; }
-code { font: .85em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-"""
 
 
 def render(
@@ -56,15 +31,13 @@ def render(
     sections = [
         _heading(config, evaluation),
         _gate(decision),
-        _section("Accuracy", drawn["accuracy"] + _accuracy_table(evaluation), "Greedy answers, with bootstrap intervals over questions."),
-        _section("Paired differences", drawn["differences"], "Same questions for both policies, so hard questions cancel out."),
+        section("Accuracy", drawn["accuracy"] + _accuracy_table(evaluation), "Greedy answers, with bootstrap intervals over questions."),
+        section("Paired differences", drawn["differences"], "Same questions for both policies, so hard questions cancel out."),
         _critic(drawn),
-        _section("Sample answers", _samples(answers), "Chosen to show gains, losses, and questions that nobody answers."),
+        section("Sample answers", _samples(answers), "Chosen to show gains, losses, and questions that nobody answers."),
         _configuration(config),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(config.name)}</title>'
-    body = f"<body><main>\n{''.join(sections)}</main></body>"
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n{body}</html>\n'
+    return page(config.name, sections)
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
@@ -132,7 +105,7 @@ def _points(axes, entries: list[dict[str, Any]], at: list[float], colour: str, l
 
 
 def _domain_axis(axes, names: list[str], title: str) -> None:
-    axes.set_yticks(range(len(names)), ["all questions" if name == "all" else _shortened(name, 36) for name in names])
+    axes.set_yticks(range(len(names)), ["all questions" if name == "all" else shortened(name, 36) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e6eaee", linewidth=0.8)
@@ -164,11 +137,6 @@ def _image(figure, name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- sections
 
 
-def _section(title: str, body: str, note: str = "") -> str:
-    lead = f'<p class="soft">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>\n"
-
-
 def _heading(config: PipelineConfig, evaluation: dict[str, Any]) -> str:
     counts = {entry["split"]: entry["count"] for entry in evaluation["accuracy"] if entry["domain"] == "all"}
     sizes = ", ".join(f"{count} questions {SPLIT_NAMES.get(split, split).lower()}" for split, count in counts.items())
@@ -184,8 +152,8 @@ def _gate(decision: Decision) -> str:
     if decision.ood_gain is not None and decision.ood_low is not None:
         limit = f"≥ {_points_text(-decision.max_ood_loss)}"
         rows.append([f"Out of domain, trained − {rival}", _points_text(decision.ood_gain), _points_text(decision.ood_low), limit])
-    table = _table(["Comparison", "Difference", "Lower bound", "Required bound"], [[escape(cell) for cell in row] for row in rows])
-    return f'<section class="banner {tone}"><h2 class="{tone}">{verdict}</h2><p>{escape(decision.reason)}</p>{table}</section>\n'
+    bounds = table(["Comparison", "Difference", "Lower bound", "Required bound"], [[escape(cell) for cell in row] for row in rows])
+    return f'<section class="banner {tone}"><h2 class="{tone}">{verdict}</h2><p>{escape(decision.reason)}</p>{bounds}</section>\n'
 
 
 def _critic(drawn: dict[str, str]) -> str:
@@ -193,7 +161,7 @@ def _critic(drawn: dict[str, str]) -> str:
     if "value_fan" not in drawn:
         return ""
     note = "Returns expected at each token of a held-out response, and whether such expectations hold. Realised returns are clean rewards."
-    return _section("The critic", drawn["value_fan"] + drawn["calibration"], note)
+    return section("The critic", drawn["value_fan"] + drawn["calibration"], note)
 
 
 def _accuracy_table(evaluation: dict[str, Any]) -> str:
@@ -209,20 +177,20 @@ def _accuracy_table(evaluation: dict[str, Any]) -> str:
             mean_at_k = f'<br><span class="soft">mean@{evaluation["settings"]["samples"]} {extra["mean"]:.1%}</span>' if extra else ""
             cells.append(_with_interval(values[split, domain, label]) + mean_at_k)
         rows.append(cells)
-    return _table(["Split", "Domain", "Questions", *map(_name, labels)], rows, numbers_from=2)
+    return table(["Split", "Domain", "Questions", *map(_name, labels)], rows, numbers_from=2)
 
 
 def _samples(answers: list[dict[str, Any]]) -> str:
     rows = []
     for sample in pick_samples(answers, SHOWN_SAMPLES):
-        cells = [_text(sample["question"], 600), _text(sample["answer"], 400, "short")]
+        cells = [text_cell(sample["question"], 600), text_cell(sample["answer"], 400, "short")]
         for label in sample["models"]:
             right = sample[f"{label}_correct"]
             mark = '<span class="mark good" title="right">✓</span>' if right else '<span class="mark bad" title="wrong">✗</span>'
-            cells.append(_text(sample[f"{label}_response"], 400, "short", mark))
+            cells.append(text_cell(sample[f"{label}_response"], 400, "short", mark))
         rows.append([escape(SPLIT_NAMES.get(sample["split"], sample["split"])), *cells])
     labels = list(dict.fromkeys(row["model"] for row in answers))
-    return _table(["Split", "Question", "Truth", *map(_name, labels)], rows, numbers_from=99)
+    return table(["Split", "Question", "Truth", *map(_name, labels)], rows, numbers_from=99)
 
 
 def pick_samples(answers: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -246,27 +214,12 @@ def pick_samples(answers: list[dict[str, Any]], count: int) -> list[dict[str, An
 
 def _configuration(config: PipelineConfig) -> str:
     flat = flatten(config.model_dump(mode="json", exclude={"cluster"}))
-    rows = [[f"<code>{escape(key)}</code>", f"<code>{escape(_shortened(str(value), 300))}</code>"] for key, value in flat.items()]
-    table = _table(["Key", "Value"], rows, numbers_from=99)
-    return f"<section><details><summary>Configuration ({len(rows)} values)</summary>{table}</details></section>\n"
+    rows = [[f"<code>{escape(key)}</code>", f"<code>{escape(shortened(str(value), 300))}</code>"] for key, value in flat.items()]
+    listed = table(["Key", "Value"], rows, numbers_from=99)
+    return f"<section><details><summary>Configuration ({len(rows)} values)</summary>{listed}</details></section>\n"
 
 
 # ---------------------------------------------------------------------------------------------------------- text
-
-
-def _table(head: list[str], rows: list[list[str]], numbers_from: int = 1) -> str:
-    """A table of cells that are HTML already; columns from `numbers_from` on are aligned right."""
-
-    def line(tag: str, cells: list[str]) -> str:
-        kind = [' class="number"' if index >= numbers_from else "" for index in range(len(cells))]
-        return "<tr>" + "".join(f"<{tag}{k}>{cell}</{tag}>" for k, cell in zip(kind, cells, strict=True)) + "</tr>"
-
-    body = "".join(line("td", row) for row in rows)
-    return f'<div class="scroll"><table><thead>{line("th", [escape(name) for name in head])}</thead><tbody>{body}</tbody></table></div>'
-
-
-def _text(text: str, length: int, kind: str = "", mark: str = "") -> str:
-    return f'<div class="text {kind}">{mark}{escape(_shortened(text, length))}</div>'
 
 
 def _with_interval(entry: dict[str, Any]) -> str:
@@ -279,7 +232,3 @@ def _points_text(value: float) -> str:
 
 def _name(label: str) -> str:
     return NAMES.get(label, label)
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
