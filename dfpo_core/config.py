@@ -69,6 +69,9 @@ class DataConfig(Section):
     id_test: list[SourceConfig] = Field([], description="in-domain test sources; empty: split off from train by question hash")
     id_test_size: int = Field(200, ge=1, description="rows split off from train when id_test is empty")
     max_reject_fraction: float = Field(0.0, ge=0, le=1, description="share of bad rows above which the step fails")
+    overlap: Literal["remove", "report"] = Field("remove", description="training rows that overlap with a test question")
+    overlap_words: int = Field(13, ge=0, description="words in a row that make an overlap (arXiv 2005.14165); 0 looks for none")
+    overlap_common: int = Field(10, ge=1, description="a word sequence in more questions of a split than this is boilerplate, no overlap")
 
     @model_validator(mode="before")
     @classmethod

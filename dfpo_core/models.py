@@ -94,6 +94,29 @@ def load_policy(reference: str, home: Path):
     return model.eval(), tokenizer
 
 
+def load_tokenizer(reference: str, home: Path):
+    """The tokenizer of a model reference, without its weights. Raises UserError("model", ...)."""
+    from transformers import AutoTokenizer
+
+    check_reference(reference)
+    if reference.startswith("scratch:"):
+        return character_tokenizer()
+    gguf = _packaged_file(reference.removeprefix("pkg:")) if reference.startswith("pkg:") else Path(reference).expanduser()
+    try:
+        with _quiet_transformers():
+            if gguf.suffix != ".gguf":
+                return AutoTokenizer.from_pretrained(str(gguf) if _is_path(reference) else reference)
+            converted = _converted_to(gguf, home)
+            if (converted / "config.json").is_file():
+                return AutoTokenizer.from_pretrained(converted)
+            return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise UserError(
+            "model", f"cannot load the tokenizer of {reference!r} ({reason})", "check the name, the network and the files"
+        ) from error
+
+
 def save_policy(model, tokenizer, directory: str | Path) -> None:
     """Write an HF-format checkpoint; the directory appears only when it is complete."""
     with atomic_directory(Path(directory)) as partial, _quiet_transformers():
@@ -116,9 +139,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _converted(gguf: Path, home: Path) -> Path:
     """The HF-format copy of a GGUF file, made on first use. Two processes may race: the last rename wins, both are complete."""
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.name}:{stat.st_size}".encode()).hexdigest()[:12]
-    target = home / "models" / f"{gguf.stem}-{key}"
+    target = _converted_to(gguf, home)
     if (target / "config.json").is_file():
         return target
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -138,6 +159,11 @@ def _converted(gguf: Path, home: Path) -> Path:
         model.load_state_dict(quantised.state_dict())
     save_policy(model, tokenizer, target)
     return target
+
+
+def _converted_to(gguf: Path, home: Path) -> Path:
+    key = hashlib.sha256(f"{gguf.name}:{gguf.stat().st_size}".encode()).hexdigest()[:12]
+    return home / "models" / f"{gguf.stem}-{key}"
 
 
 def _scratch(shape: dict[str, int]):

@@ -32,6 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dfpo_core.config import NoiseConfig, parse_config
+from dfpo_core.data import report
 from dfpo_core.data.prepare import SPLITS
 from dfpo_core.rewards import canonical_number, normalise_text
 from dfpo_core.storage import atomic_directory
@@ -43,7 +44,7 @@ _SEPARATOR = "\x1f"
 
 
 def run(config: str, parent_run_id: str, data: str, output: str) -> dict[str, float]:
-    """The step: noise on train.parquet, everything else copied byte for byte; returns the logged metrics."""
+    """The step: noise on train.parquet, the data report written again, everything else copied byte for byte; returns the logged metrics."""
     from dfpo_core.tracking import step_run
 
     settings = parse_config(json.loads(config))
@@ -54,7 +55,9 @@ def run(config: str, parent_run_id: str, data: str, output: str) -> dict[str, fl
         with atomic_directory(output) as folder:
             shutil.copytree(data, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train.parquet"))
             pq.write_table(noisy, folder / "train.parquet")
+            metrics |= report.write(folder, metrics)
         step.log_metrics(metrics)
+        step.log_artifact(Path(output, report.PAGE))
         changed = noisy.filter(noisy["is_noisy"]).slice(0, 50).select(["row_id", "question", "answer", "label"])
         step.log_table("noisy_rows.json", changed.to_pylist())
         for name in SPLITS:

@@ -34,7 +34,7 @@ REACHABLE_SECONDS = 5
 PARENT_STEP = "pipeline"
 SECTIONS = {  # the parts of the configuration that a step reads, logged as its parameters
     "preflight": ("name", "home", "tracking"),
-    "prepare_data": ("data",),
+    "prepare_data": ("data", "prompt"),
     "noise_data": ("noise",),
     "sft": ("sft", "prompt", "threads", "precision"),
     "train": ("train", "prompt", "threads", "precision"),
@@ -204,6 +204,15 @@ class StepRun:
         labels = {"mlflow.data.context": context, **(tags or {})}
         entry = DatasetInput(_dataset(Path(path), name), [InputTag(key, str(value)[:500]) for key, value in labels.items()])
         self.client.log_inputs(self.run_id, [entry])
+
+    def log_source(self, origin: str, sha256: str, rows: int, context: str, tags: dict[str, str]) -> None:
+        """Log what rows were read from (a file, URL, hub id or generator) as a dataset input."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source, profile = json.dumps({"uri": origin}), json.dumps({"num_rows": rows})
+        entry = Dataset(origin[-500:], sha256[:8], source_type="local", source=source, profile=profile)
+        labels = {"mlflow.data.context": context, **tags}
+        self.client.log_inputs(self.run_id, [DatasetInput(entry, [InputTag(key, str(value)[:500]) for key, value in labels.items()])])
 
     def set_tags(self, tags: dict[str, Any]) -> None:
         from mlflow.entities import RunTag

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from question_files import write
 
 from dfpo_core import noise
 from dfpo_core.config import DataConfig, parse_config
@@ -15,15 +16,13 @@ from dfpo_core.data.sources import question_key
 from dfpo_core.errors import UserError
 
 
-def write(path, questions, **columns):
-    lines = [{"question": question, "answer": index, **columns} for index, question in enumerate(questions)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {"kind": "jsonl", "name": str(path)}
-
-
 def split(seed=1, **data):
     config = DataConfig(**data)
-    return prepare.split(prepare.read_sources(config, seed), config, seed)
+    return prepare.split(prepare.take(prepare.read_sources(config, seed), config, seed), config, seed)
+
+
+def removed(prepared, gate="duplicate"):
+    return {name: sum(entry["split"] == name and entry["gate"] == gate for entry in prepared.removed) for name in prepare.SPLITS}
 
 
 def questions(table):
@@ -34,11 +33,17 @@ def test_tests_keep_a_question_that_training_also_has(tmp_path):
     train = write(tmp_path / "a.jsonl", ["One?", "two?", "three?", "four?", "TWO?", "five?"])
     ood = write(tmp_path / "b.jsonl", ["two?", "eight?", "five?"])
     test = write(tmp_path / "c.jsonl", ["one?", "five?", "nine?", "nine? "])
-    tables, removed = split(train=[train], ood_test=[ood], id_test=[test])
+    prepared = split(train=[train], ood_test=[ood], id_test=[test])
+    tables = prepared.tables
     assert questions(tables["id_test"]) == ["one?", "five?", "nine?"]
     assert questions(tables["ood_test"]) == ["two?", "eight?"]
     assert questions(tables["train"]) == ["three?", "four?"]
-    assert removed == {"train": 4, "id_test": 1, "ood_test": 1}
+    assert removed(prepared) == {"train": 4, "id_test": 1, "ood_test": 1}
+    places = [(entry["source"], entry["line"]) for entry in prepared.removed]
+    assert places == [("data.id_test.0", 4), ("data.ood_test.0", 3)] + [("data.train.0", line) for line in (1, 2, 5, 6)]
+    ids = {name: tables[name]["row_id"].to_pylist() for name in tables}
+    assert prepared.removed[0]["reason"] == f"the same question as {ids['id_test'][2]}, there with the answer '2', here '3'"
+    assert [entry["conflict"] for entry in prepared.removed] == [True, True, False, True, True, True]
 
 
 @settings(max_examples=25, deadline=None)
@@ -48,26 +53,27 @@ def test_splits_are_disjoint_and_the_test_is_a_function_of_the_questions(tmp_pat
     keys = {question_key(question, None) for question in drawn}
     if len(keys) < 4:
         return
-    tables, removed = split(seed, train=[write(folder / "a.jsonl", drawn)], id_test_size=3)
+    prepared = split(seed, train=[write(folder / "a.jsonl", drawn)], id_test_size=3)
+    tables = prepared.tables
     train, test = ({question_key(question, None) for question in questions(tables[name])} for name in ("train", "id_test"))
     assert train | test == keys and not train & test
     assert tables["id_test"].num_rows == len(test) == 3 and tables["train"].num_rows == len(train)
-    assert removed["train"] == len(drawn) - len(keys)
+    assert removed(prepared)["train"] == len(drawn) - len(keys)
     random.shuffle(drawn)
-    again, _ = split(seed, train=[write(folder / "a.jsonl", drawn)], id_test_size=3)
+    again = split(seed, train=[write(folder / "a.jsonl", drawn)], id_test_size=3).tables
     assert {question_key(question, None) for question in questions(again["id_test"])} == test
 
 
 def test_another_seed_splits_off_other_questions(tmp_path):
     source = write(tmp_path / "a.jsonl", [f"question {index}" for index in range(200)])
-    first, second = (set(questions(split(seed, train=[source], id_test_size=20)[0]["id_test"])) for seed in (1, 2))
+    first, second = (set(questions(split(seed, train=[source], id_test_size=20).tables["id_test"])) for seed in (1, 2))
     assert len(first) == len(second) == 20 and len(first & second) < 10
 
 
 def test_a_size_takes_a_sample_that_does_not_depend_on_file_order(tmp_path):
     names = [f"question {index}" for index in range(300)]
-    forward, _ = split(train=[write(tmp_path / "a.jsonl", names) | {"size": 50}], id_test_size=10)
-    backward, _ = split(train=[write(tmp_path / "a.jsonl", names[::-1]) | {"size": 50}], id_test_size=10)
+    forward = split(train=[write(tmp_path / "a.jsonl", names) | {"size": 50}], id_test_size=10).tables
+    backward = split(train=[write(tmp_path / "a.jsonl", names[::-1]) | {"size": 50}], id_test_size=10).tables
     assert forward["train"].num_rows == 40
     assert set(questions(forward["train"])) == set(questions(backward["train"])) != set(names[:40])
 
@@ -127,7 +133,7 @@ def steps(tmp_path_factory):
 def test_prepare_writes_the_three_splits_and_a_report(steps):
     config, metrics, _ = steps
     folder = Path(config.home, "data")
-    files = {"train.parquet", "id_test.parquet", "ood_test.parquet", "rejects.jsonl", "report.json"}
+    files = {f"{name}.parquet" for name in prepare.SPLITS} | {"rejects.jsonl", "removed.jsonl", "report.json", "data_report.html"}
     assert {path.name for path in folder.iterdir()} == files
     rows = {name: pq.read_table(folder / f"{name}.parquet").num_rows for name in prepare.SPLITS}
     assert rows["id_test"] == 50 and rows["train"] + 50 + metrics["data/train/duplicates_removed"] == 300
@@ -140,7 +146,7 @@ def test_prepare_writes_the_three_splits_and_a_report(steps):
 def test_noise_changes_training_labels_only(steps):
     config, _, metrics = steps
     clean, noisy = Path(config.home, "data"), Path(config.home, "noisy")
-    for name in ("id_test.parquet", "ood_test.parquet", "rejects.jsonl", "report.json"):
+    for name in ("id_test.parquet", "ood_test.parquet", "rejects.jsonl", "removed.jsonl", "report.json"):
         assert (clean / name).read_bytes() == (noisy / name).read_bytes()
     before, after = (pq.read_table(folder / "train.parquet") for folder in (clean, noisy))
     assert after.select(before.column_names).equals(before)
@@ -158,7 +164,7 @@ def test_the_steps_are_in_mlflow_with_their_data(steps):
     runs = {run.data.tags["dfpo.step"]: run for run in client.search_runs([experiment])}
     assert runs["prepare_data"].data.metrics == prepared and runs["noise_data"].data.metrics == noised
     logged = {entry.dataset.name: entry for entry in runs["prepare_data"].inputs.dataset_inputs}
-    assert logged.keys() == {"train", "id_test", "ood_test"}
+    assert logged.keys() == {"train", "id_test", "ood_test", "gym:chain_sum", "gym:gcd"}
     tags = {tag.key: tag.value for tag in logged["train"].tags}
     assert tags["licence"] == "Apache-2.0 (reasoning-gym)" and len(tags["sha256"]) == 64
 

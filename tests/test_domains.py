@@ -146,7 +146,7 @@ def test_what_is_not_for_us_is_left_out_with_its_reason_and_count(hub):
     choice = hle.table.to_pylist()[1]
     assert (choice["question"], choice["choices"], choice["answer"], choice["reward"]) == ("Which?", ["one", "two"], "B", "choice")
     assert hle.lines == [1, 3] and hle.rejects == []
-    assert read("mmlu_stem", folder=hub("mmlu_stem")).left_out == {"the subject virology": 1}
+    assert read("mmlu_stem", folder=hub("mmlu_stem")).left_out == {"of another subject": 1}
 
 
 def test_a_folder_that_datasets_saved_reads_like_the_hub_and_like_jsonl(tmp_path, hub):

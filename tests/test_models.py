@@ -38,6 +38,17 @@ def test_a_saved_policy_loads_back_with_the_same_logits(tmp_path):
     assert (loaded_tokenizer.eos_token_id, loaded_tokenizer.padding_side) == (tokenizer.eos_token_id, "left")
 
 
+def test_a_tokenizer_loads_without_its_model(tmp_path):
+    model, tokenizer = models.load_policy("scratch:tiny", tmp_path)
+    models.save_policy(model, tokenizer, tmp_path / "policy")
+    (tmp_path / "policy" / "model.safetensors").unlink()
+    for reference in ("scratch:tiny", str(tmp_path / "policy")):
+        assert models.load_tokenizer(reference, tmp_path).encode("12 + 3 =") == tokenizer.encode("12 + 3 =")
+    (tmp_path / "policy" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="model: cannot load the tokenizer of"):
+        models.load_tokenizer(str(tmp_path / "policy"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("reference", "problem"),
     [

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dfpo_core.config import PromptConfig
-from dfpo_core.data.prompts import encode, user_turn
+from dfpo_core.config import PromptConfig, parse_config
+from dfpo_core.data.prompts import encode, tokenize, user_turn
 from dfpo_core.errors import UserError
 
 CHATML = (
@@ -47,6 +47,48 @@ def test_a_chat_template_is_used_with_its_own_system_prompt_or_ours():
 
 def test_options_stand_under_the_question():
     assert user_turn(CHOICE, PromptConfig(template="{question}\nLetter:")) == "Which?\nA. a cat\nB. a dog\nLetter:"
+
+
+FORMATS = {"number": "Reply with the number only.", "choice": "Reply with the letter only."}
+EXAMPLES = [
+    {"question": "2+2?", "answer": "4", "reward": "number"},
+    {"question": "Pick.", "answer": "B", "choices": ["cat", "dog"], "reward": "choice"},
+    {"question": "Any?", "answer": "yes"},
+]
+
+
+def test_an_answer_format_is_a_line_under_the_question_of_its_reward():
+    config = PromptConfig(answer_format=FORMATS, template="Q: {question}\nA:")
+    assert user_turn(ROWS[0] | {"reward": "number"}, config) == "Q: 1+1?\nReply with the number only.\nA:"
+    assert user_turn(CHOICE | {"reward": "choice"}, config) == "Q: Which?\nA. a cat\nB. a dog\nReply with the letter only.\nA:"
+    assert user_turn(ROWS[0] | {"reward": "exact"}, config) == "Q: 1+1?\nA:"
+
+
+def test_examples_are_earlier_turns_of_the_conversation():
+    config = PromptConfig(system="Add.", examples=EXAMPLES)
+    row = ROWS[0] | {"reward": "number"}
+    assert text(encode(characters(CHATML), [row], config)[0]) == (
+        "<s>system:Add.\n<s>user:2+2?\n<s>assistant:4\n<s>user:Any?\n<s>assistant:yes\n<s>user:1+1?\n<s>assistant:"
+    )
+    assert text(encode(characters(), [row], config)[0]) == "Add.\n2+2?\n4\n\nAny?\nyes\n\n1+1?\n"
+
+
+def test_examples_show_the_options_and_the_answer_format_of_their_reward():
+    config = PromptConfig(answer_format=FORMATS, examples=EXAMPLES[:2])
+    shown = text(encode(characters(), [CHOICE | {"reward": "choice"}], config)[0])
+    assert shown == ("Pick.\nA. cat\nB. dog\nReply with the letter only.\nB\n\nWhich?\nA. a cat\nB. a dog\nReply with the letter only.\n")
+
+
+def test_an_example_with_a_label_too_few_is_refused():
+    data = {"train": [{"kind": "jsonl", "name": "x.jsonl"}]}
+    example = {"question": "Pick.", "answer": "A", "choices": ["cat", "dog"], "labels": ["A"]}
+    with pytest.raises(UserError, match="prompt.examples.0: needs as many labels as choices"):
+        parse_config({"data": data, "prompt": {"examples": [example]}})
+
+
+def test_a_prompt_of_any_length_is_the_whole_text():
+    rows = [{"row_id": str(n), "question": "x" * n} for n in (1, 3000)]
+    assert [len(ids) for ids in tokenize(characters(), rows, PromptConfig())] == [2, 3001]
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_its_row():

@@ -13,7 +13,7 @@ def prepare_data(config: str, parent_run_id: str, data: Output[Dataset], metrics
     Args:
         config: The resolved configuration as JSON.
         parent_run_id: The MLflow parent run.
-        data: Folder with train.parquet, id_test.parquet, ood_test.parquet, rejects.jsonl and report.json.
+        data: Folder with train.parquet, id_test.parquet, ood_test.parquet, rejects.jsonl, removed.jsonl, report.json and data_report.html.
         metrics: Row counts.
     """
     from math import isfinite

@@ -303,9 +303,8 @@ def _as_documented(values: Any, entry: domains.DataSet, source: SourceConfig) ->
             raise Rejected("answer", str(problem)) from None
     subjects = source.options.get("subjects") or entry.subjects
     if subjects and values.get("subject") not in (None, ""):
-        wanted, subject = {domains.subject_key(name) for name in subjects}, domains.subject_key(values["subject"])
-        if subject not in wanted:
-            raise domains.LeftOut(f"the subject {subject}")
+        if domains.subject_key(values["subject"]) not in {domains.subject_key(name) for name in subjects}:
+            raise domains.LeftOut("of another subject")
     elif source.options.get("subjects"):
         raise Rejected("subject", "is missing, and options.subjects selects by it")
     return values
