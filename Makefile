@@ -10,7 +10,7 @@ TEST_ARGS ?=
 # One thread a process: spinning OpenMP threads on shared cores are several times slower.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint compile clean
+.PHONY: demo test lint compile lock clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/dfpo run $(DEMO_CONFIG) $(DEMO_ARGS)
@@ -25,6 +25,15 @@ lint: $(VENV)/test.stamp
 compile: $(VENV)/demo.stamp
 	$(BIN)/dfpo compile pipelines/configs/demo.yaml -o pipelines/dfpo_pipeline.yaml
 	$(BIN)/python -m components.readme
+
+# The images' requirements with the hashes of their files; a new version goes into images/cpu/constraints.txt first.
+LOCK = $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command 'make lock'
+
+lock: $(VENV)/test.stamp
+	$(BIN)/python -m pip install uv
+	$(LOCK) --override images/no-torch.txt -c $(PINS) images/cpu/requirements.txt -o images/cpu/requirements.lock
+	$(LOCK) --no-deps images/cpu/no-deps.txt -o images/cpu/no-deps.lock
+	$(LOCK) --override images/no-torch.txt -c $(PINS) images/gpu/requirements.txt -o images/gpu/requirements.lock
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
