@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dfpo_core.errors import UserError
 
@@ -184,7 +185,9 @@ class TrainConfig(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="per-token KL estimator (Schulman 2020)")
     reward_noise: RewardNoiseConfig = Field(RewardNoiseConfig(), description="noise on the reward itself")
     save_every: int = Field(25, ge=1, description="steps between resumable checkpoints")
-    checkpoint_uri: str = Field("", description="fsspec URL or path of the resumable state; empty: under home, removed after success")
+    checkpoint_uri: str = Field(
+        "", description="fsspec URL or path of the resumable state, {run} standing for the pipeline run; empty: {home}/checkpoints/{run}"
+    )
 
     @model_validator(mode="after")
     def _batches_fit(self):
@@ -219,37 +222,74 @@ class TrackingConfig(Section):
     experiment: str = Field("dfpo", min_length=1, description="experiment name")
 
 
+QUANTITY_OF_CPU = r"^(([0-9]*\.)?[0-9]+m?)?$"
+QUANTITY_OF_MEMORY = r"^([0-9]+(E|Ei|P|Pi|T|Ti|G|Gi|M|Mi|K|Ki)?)?$"
+OBJECT_NAME = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)?$"
+LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+
+
+def _check_labels(labels: dict[str, str]) -> dict[str, str]:
+    """Refuse what Kubernetes would refuse when the pod is made."""
+    for key, value in labels.items():
+        if not LABEL_KEY.fullmatch(key):
+            raise ValueError(f"{key!r} is no Kubernetes label name")
+        if not LABEL_VALUE.fullmatch(value):
+            raise ValueError(f"{value!r}, the value of {key}, is no Kubernetes label value")
+    return labels
+
+
+Labels = Annotated[dict[str, str], AfterValidator(_check_labels)]
+
+
 class TolerationConfig(Section):
     """A Kubernetes toleration of the GPU pods."""
 
-    key: str = Field("", description="taint key")
+    key: str = Field("", description="taint key; empty, with Exists, tolerates every taint")
     operator: Literal["Exists", "Equal"] = Field("Exists", description="how the key is matched")
     value: str = Field("", description="taint value, with Equal")
     effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = Field("", description="taint effect; empty: all")
+
+    @model_validator(mode="after")
+    def _as_kubernetes_wants_it(self):
+        if self.operator == "Equal" and not self.key:
+            raise ValueError("a toleration with Equal needs a key")
+        if self.operator == "Exists" and self.value:
+            raise ValueError("a toleration with Exists has no value; use Equal")
+        return self
 
 
 class ClusterConfig(Section):
     """What the pods ask for. Ignored by local runs; read when the pipeline is compiled."""
 
-    image: str = Field("dfpo-cpu:0.1.0", min_length=1, description="image of the CPU steps")
-    gpu_image: str = Field("dfpo-gpu:0.1.0", min_length=1, description="image of the GPU steps (sft, train, evaluate)")
+    image: str = Field("dfpo-cpu:0.1.0", pattern=r"^\S+$", description="image of the CPU steps")
+    gpu_image: str = Field("dfpo-gpu:0.1.0", pattern=r"^\S+$", description="image of the GPU steps (sft, train, evaluate)")
     gpu_type: str = Field("nvidia.com/gpu", description="accelerator resource name")
     gpu_count: int = Field(0, ge=0, description="accelerators a GPU step asks for; 0 runs on CPU")
-    cpu_request: str = Field("2", description="CPU request of the GPU steps")
-    memory_request: str = Field("8Gi", description="memory request of the GPU steps")
-    memory_limit: str = Field("", description="memory limit of the GPU steps; empty sets none")
-    shm_size: str = Field("2Gi", description="size of /dev/shm on the training pod; empty keeps the default")
-    node_selector: dict[str, str] = Field({}, description="node labels of the GPU steps")
+    gpu_memory: str = Field("", pattern=QUANTITY_OF_MEMORY, description="memory of one accelerator, e.g. 80Gi: what `dfpo plan` fits into")
+    cpu_request: str = Field("2", pattern=QUANTITY_OF_CPU, description="CPU request of the GPU steps; empty sets none")
+    cpu_limit: str = Field("", pattern=QUANTITY_OF_CPU, description="CPU limit of the GPU steps; empty sets none")
+    memory_request: str = Field("8Gi", pattern=QUANTITY_OF_MEMORY, description="memory request of the GPU steps; empty sets none")
+    memory_limit: str = Field("", pattern=QUANTITY_OF_MEMORY, description="memory limit of the GPU steps; empty sets none")
+    data_cpu_request: str = Field("", pattern=QUANTITY_OF_CPU, description="CPU request of the other steps; empty sets none")
+    data_memory_request: str = Field("", pattern=QUANTITY_OF_MEMORY, description="memory request of the other steps; empty sets none")
+    shm_size: str = Field("2Gi", pattern=QUANTITY_OF_MEMORY, description="size of /dev/shm on the training pod; empty keeps the default")
+    node_selector: Labels = Field({}, description="node labels of the GPU steps")
     tolerations: list[TolerationConfig] = Field([], description="tolerations of the GPU steps")
-    pvc: str = Field("", description="existing volume claim mounted for checkpoints; empty mounts none")
-    pvc_mount_path: str = Field("/mnt/dfpo", description="where the claim is mounted")
-    mlflow_secret: str = Field("", description="secret with MLFLOW_TRACKING_USERNAME / PASSWORD / TOKEN keys; optional at run time")
-    hub_secret: str = Field("", description="secret with an HF_TOKEN key; optional at run time")
-    image_pull_secrets: list[str] = Field([], description="image pull secrets")
+    pvc: str = Field("", pattern=OBJECT_NAME, description="existing volume claim mounted for checkpoints; empty mounts none")
+    pvc_mount_path: str = Field("/mnt/dfpo", pattern=r"^/\S", description="where the claim is mounted")
+    mlflow_secret: str = Field(
+        "", pattern=OBJECT_NAME, description="secret with MLFLOW_TRACKING_USERNAME / PASSWORD / TOKEN keys; optional at run time"
+    )
+    hub_secret: str = Field("", pattern=OBJECT_NAME, description="secret with an HF_TOKEN key; optional at run time")
+    object_store_secret: str = Field(
+        "", pattern=OBJECT_NAME, description="secret with AWS_… keys, for s3:// checkpoints and artifacts; optional at run time"
+    )
+    image_pull_secrets: list[Annotated[str, Field(min_length=1, pattern=OBJECT_NAME)]] = Field([], description="image pull secrets")
     timeout_seconds: int = Field(0, ge=0, description="limit of the training step; 0 sets none")
     retries: int = Field(2, ge=0, description="retries of the training step; it resumes from checkpoint_uri")
-    retry_backoff_seconds: int = Field(60, ge=0, description="wait before the first retry")
-    labels: dict[str, str] = Field({}, description="pod labels")
+    retry_backoff_seconds: int = Field(60, ge=0, description="wait before the first retry; it doubles with each")
+    labels: Labels = Field({}, description="pod labels")
 
 
 class PipelineConfig(Section):

@@ -373,6 +373,12 @@ def identity_of(config: PipelineConfig, sft_checkpoint: str) -> dict[str, Any]:
     return values | flat | {"sft checkpoint": directory_sha256(sft_checkpoint)}
 
 
+def checkpoint_uri(config: PipelineConfig, pipeline_run_id: str) -> str:
+    """Where the resumable state of this pipeline run lies: a retried pod has the same run id, so it finds what the first one saved."""
+    template = config.train.checkpoint_uri or str(config.home_path / "checkpoints" / "{run}")
+    return template.replace("{run}", pipeline_run_id)
+
+
 def run(
     config: str | PipelineConfig,
     parent_run_id: str,
@@ -391,7 +397,7 @@ def run(
         torch.set_num_threads(config.threads or torch.get_num_threads())
         rows = labelled(data, ("row_id", "question", "answer", "label"))
         step_run.log_dataset(str(Path(data) / "train.parquet"), "train", "training", {"noise": config.noise.kind})
-        uri = config.train.checkpoint_uri or str(config.home_path / "checkpoints" / pipeline_run_id)
+        uri = checkpoint_uri(config, pipeline_run_id)
         trainer = Trainer(config, sft_checkpoint, rows)
         step_run.log_params({"algorithm": trainer.algorithm.name, "checkpoint_uri": uri})
         loop(trainer, uri, identity_of(config, sft_checkpoint), step_run)
@@ -403,7 +409,7 @@ def run(
             step_run.log_artifacts(critic_output, "critic")
         else:
             Path(critic_output).mkdir(parents=True, exist_ok=True)
-        if not config.train.checkpoint_uri:
+        if uri != config.train.checkpoint_uri:
             checkpoint.remove(uri)  # named after this pipeline run, so nothing can continue from it
         return trainer.history[-1], step_run.run_id
 

@@ -30,6 +30,7 @@ from dfpo_core.config import ClusterConfig, PipelineConfig, load_config
 from dfpo_core.errors import UserError
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+OBJECT_STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
 MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 NAME = "dfpo"
 LONGEST_CONFIG = 120_000
@@ -100,6 +101,7 @@ def make_pipeline(pipeline_config: PipelineConfig):
 
         for task in (closing, checked, prepared, noisy, decided):
             task.set_container_image(image)
+            _set_resources(task, cluster.data_cpu_request, cluster.data_memory_request)
         for task in (warm, trained, judged):
             task.set_container_image(gpu_image).set_accelerator_type(gpu_type).set_accelerator_limit(gpu_count)
             # Unlike images, kfp 2.17 does not hand parameters used as accelerators into the exit handler's group by itself.
@@ -121,6 +123,8 @@ def _configure_pod(task: PipelineTask, cluster: ClusterConfig) -> None:
         kubernetes.use_secret_as_env(task, cluster.mlflow_secret, {key: key for key in MLFLOW_KEYS}, optional=True)
     if cluster.hub_secret:
         kubernetes.use_secret_as_env(task, cluster.hub_secret, {"HF_TOKEN": "HF_TOKEN"}, optional=True)
+    if cluster.object_store_secret:
+        kubernetes.use_secret_as_env(task, cluster.object_store_secret, {key: key for key in OBJECT_STORE_KEYS}, optional=True)
     if cluster.pvc:
         kubernetes.mount_pvc(task, pvc_name=cluster.pvc, mount_path=cluster.pvc_mount_path)
     if cluster.image_pull_secrets:
@@ -129,11 +133,17 @@ def _configure_pod(task: PipelineTask, cluster: ClusterConfig) -> None:
         kubernetes.add_pod_label(task, key, value)
 
 
+def _set_resources(task: PipelineTask, cpu: str, memory: str, cpu_limit: str = "", memory_limit: str = "") -> None:
+    """Requests and limits; an empty one is left to the namespace."""
+    setters = (task.set_cpu_request, task.set_memory_request, task.set_cpu_limit, task.set_memory_limit)
+    for setter, quantity in zip(setters, (cpu, memory, cpu_limit, memory_limit), strict=True):
+        if quantity:
+            setter(quantity)
+
+
 def _place_on_gpu_node(task: PipelineTask, cluster: ClusterConfig) -> None:
-    """Requests, node labels and tolerations of the steps that hold a model."""
-    task.set_cpu_request(cluster.cpu_request).set_memory_request(cluster.memory_request)
-    if cluster.memory_limit:
-        task.set_memory_limit(cluster.memory_limit)
+    """Requests, limits, node labels and tolerations of the steps that hold a model."""
+    _set_resources(task, cluster.cpu_request, cluster.memory_request, cluster.cpu_limit, cluster.memory_limit)
     for key, value in cluster.node_selector.items():
         kubernetes.add_node_selector(task, key, value)
     for toleration in cluster.tolerations:

@@ -50,8 +50,11 @@ def cluster_run(tmp_path_factory):
         "gpu_type": "nvidia.com/gpu",
         "gpu_count": 2,
         "cpu_request": "4",
+        "cpu_limit": "8",
         "memory_request": "32Gi",
         "memory_limit": "64Gi",
+        "data_cpu_request": "500m",
+        "data_memory_request": "2Gi",
         "shm_size": "16Gi",
         "node_selector": {"pool": "a100"},
         "tolerations": [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}],
@@ -59,6 +62,7 @@ def cluster_run(tmp_path_factory):
         "pvc_mount_path": "/mnt/ckpt",
         "mlflow_secret": "mlflow-auth",
         "hub_secret": "hub-auth",
+        "object_store_secret": "store-auth",
         "image_pull_secrets": ["registry"],
         "timeout_seconds": 7200,
         "retries": 3,
@@ -143,11 +147,25 @@ def test_accelerators_and_images_come_from_string_parameters(cluster_run):
     assert (defaults["image"], defaults["gpu_image"]) == ("registry.example/dfpo-cpu:1", "registry.example/dfpo-gpu:1")
 
 
-def test_gpu_steps_ask_for_cpu_and_memory(cluster_run):
+def test_steps_ask_for_cpu_and_memory(cluster_run):
     for name, executor in executors_of(cluster_run[0]).items():
         resources = executor.container.resources
-        expected = ("4", "32Gi", "64Gi") if name in GPU_STEPS else ("", "", "")
-        assert (resources.resource_cpu_request, resources.resource_memory_request, resources.resource_memory_limit) == expected
+        requests = (resources.resource_cpu_request, resources.resource_memory_request)
+        assert requests == (("4", "32Gi") if name in GPU_STEPS else ("500m", "2Gi")), name
+        assert (resources.resource_cpu_limit, resources.resource_memory_limit) == (("8", "64Gi") if name in GPU_STEPS else ("", "")), name
+
+
+def test_what_the_backend_reads_only_as_text_is_text(cluster_run):
+    """The driver drops an accelerator count that arrives as an integer, and multiplies the wait by an integer factor."""
+    spec, _ = cluster_run
+    raw = json_format.MessageToDict(spec)
+    resources = raw["deploymentSpec"]["executors"]["exec-train"]["container"]["resources"]["accelerator"]
+    assert all(isinstance(value, str) for value in resources.values())
+    inputs = spec.components["comp-exit-handler-1"].input_definitions.parameters
+    for name in ("gpu_count", "gpu_type"):
+        assert inputs[f"pipelinechannel--{name}"].parameter_type == pipeline_spec_pb2.ParameterType.STRING
+    policy = raw["components"]["comp-exit-handler-1"]["dag"]["tasks"]["train"]["retryPolicy"]
+    assert policy["backoffFactor"] == int(policy["backoffFactor"])
 
 
 def test_only_gpu_steps_are_bound_to_gpu_nodes(cluster_run):
@@ -161,12 +179,15 @@ def test_every_pod_gets_secrets_volume_pull_secret_and_labels(cluster_run):
     assert set(cluster_run[1]) == ALL_STEPS
     for config in cluster_run[1].values():
         secrets = {s.secret_name or s.secret_name_parameter.runtime_value.constant.string_value: s for s in config.secret_as_env}
-        assert set(secrets) == {"mlflow-auth", "hub-auth"}
+        assert set(secrets) == {"mlflow-auth", "hub-auth", "store-auth"}
         assert all(secret.optional for secret in secrets.values())
         keys = {(k.secret_key, k.env_var) for k in secrets["mlflow-auth"].key_to_env}
         assert keys == {(f"MLFLOW_TRACKING_{name}",) * 2 for name in ("USERNAME", "PASSWORD", "TOKEN")}
         assert [(k.secret_key, k.env_var) for k in secrets["hub-auth"].key_to_env] == [("HF_TOKEN", "HF_TOKEN")]
-        assert [mount.mount_path for mount in config.pvc_mount] == ["/mnt/ckpt"]
+        keys = {k.env_var for k in secrets["store-auth"].key_to_env if k.env_var == k.secret_key}
+        assert keys == {f"AWS_{name}" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "DEFAULT_REGION", "ENDPOINT_URL")}
+        claims = [(mount.pvc_name_parameter.runtime_value.constant.string_value, mount.mount_path) for mount in config.pvc_mount]
+        assert claims == [("checkpoints", "/mnt/ckpt")]
         assert [pull.secret_name for pull in config.image_pull_secret] == ["registry"]
         assert dict(config.pod_metadata.labels) == {"team": "post-training"}
 
@@ -185,11 +206,44 @@ def test_only_training_has_shared_memory_timeout_and_retries(cluster_run):
 
 
 def test_settings_that_are_off_leave_no_trace(tmp_path):
-    off = {"shm_size": "", "retries": 0, "timeout_seconds": 0}
+    off = {"shm_size": "", "retries": 0, "timeout_seconds": 0, "cpu_request": "", "memory_request": ""}
     compile_pipeline(load_config(TINY, [f"cluster={off}"]), tmp_path / "pipeline.yaml")
     spec, configs = parse(tmp_path / "pipeline.yaml")
     assert configs == {}
+    for executor in executors_of(spec).values():
+        assert {field.name for field, _ in executor.container.resources.ListFields()} <= {"accelerator"}
     assert not any(task.HasField("retry_policy") for task in spec.components["comp-exit-handler-1"].dag.tasks.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ("{memory_request: 8 GB}", "memory_request"),
+        ("{memory_limit: 8gi}", "memory_limit"),
+        ("{shm_size: 2GiB}", "shm_size"),
+        ("{cpu_request: two}", "cpu_request"),
+        ("{gpu_memory: lots}", "gpu_memory"),
+        ("{gpu_count: -1}", "gpu_count"),
+        ("{gpu_count: 1.5}", "gpu_count"),
+        ("{image: dfpo cpu}", "image"),
+        ("{gpu_image: ''}", "gpu_image"),
+        ("{pvc: My_Claim}", "pvc"),
+        ("{pvc: claim, pvc_mount_path: mnt}", "pvc_mount_path"),
+        ("{mlflow_secret: 'a b'}", "mlflow_secret"),
+        ("{object_store_secret: Store}", "object_store_secret"),
+        ("{image_pull_secrets: ['']}", "image_pull_secrets.0"),
+        ("{labels: {'bad key!': x}}", "labels"),
+        ("{labels: {team: 'post training'}}", "labels"),
+        ("{node_selector: {pool: 'a/b'}}", "node_selector"),
+        ("{tolerations: [{key: gpu, value: 'yes'}]}", "tolerations.0"),
+        ("{tolerations: [{operator: Equal, value: 'yes'}]}", "tolerations.0"),
+        ("{timeout_seconds: -5}", "timeout_seconds"),
+        ("{retry_backoff_seconds: 1.5}", "retry_backoff_seconds"),
+    ],
+)
+def test_what_kubernetes_would_refuse_is_refused_before_compiling(settings, field):
+    with pytest.raises(UserError, match=rf"^cluster\.{field}: "):
+        load_config(TINY, [f"cluster={settings}"])
 
 
 def test_a_configuration_too_long_for_a_command_line_is_refused(tmp_path):

@@ -24,7 +24,7 @@ def train(
     Args:
         config: The resolved configuration as JSON.
         parent_run_id: The MLflow parent run.
-        pipeline_run_id: Id of this pipeline run; names the resumable state.
+        pipeline_run_id: Id of this pipeline run, the same in a retried pod; names the resumable state.
         data: Folder written by noise_data.
         sft_checkpoint: Directory written by sft.
         policy: Trained policy as a Hugging Face checkpoint directory.
