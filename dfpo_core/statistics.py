@@ -8,6 +8,7 @@ interval moves in steps of 1/n, and it is a point where every value is the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 
@@ -35,6 +36,15 @@ def bootstrap_mean(values: np.ndarray, *, confidence: float = 0.95, samples: int
     tail = (1 - confidence) / 2
     low, high = np.quantile(_resampled_means(values, samples, np.random.default_rng(seed)), [tail, 1 - tail])
     return Interval(float(values.mean()), float(low), float(high), len(values))
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` questions (Wilson 1927): honest for few of them and for shares of 0 and 1, where a
+    bootstrap gives a point."""
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    reach = z / (1 + z * z / count) * sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray, *, confidence: float = 0.95, samples: int = 2000, seed: int = 0) -> Interval:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dfpo_core.statistics import bootstrap_mean, paired_difference
+from dfpo_core.statistics import bootstrap_mean, paired_difference, wilson
 
 
 @pytest.mark.parametrize("values", [np.random.default_rng(1).random(80), np.random.default_rng(2).integers(0, 2, 80)], ids=["real", "0/1"])
@@ -80,3 +80,9 @@ def test_input_without_a_mean_is_refused(values):
 def test_a_pair_of_unequal_length_is_refused():
     with pytest.raises(ValueError, match="same questions"):
         paired_difference([1, 0], [1, 0, 1])
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 1), (0, 48), (3, 48), (48, 48), (500, 1319)])
+def test_wilsons_interval_is_scipys(hits, count):
+    expected = stats.binomtest(hits, count).proportion_ci(method="wilson")
+    assert wilson(hits / count, count) == pytest.approx((expected.low, expected.high), abs=1e-6)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from dfpo_core.data.sources import question_key
 from dfpo_core.rewards import normalise_text
-from dfpo_core.statistics import bootstrap_mean
+from dfpo_core.statistics import bootstrap_mean, wilson
 
 _HASH_KEY = "dfpo_word_overlp"  # 16 bytes
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -132,17 +132,9 @@ def disagreement(groups: dict[str, list[tuple[str, int]]]) -> dict[str, float] |
     options = [count for group in repeated for _, count in group if count > 1]
     wrong = float(np.mean(options)) - 1 if 2 * len(options) > sum(map(len, repeated)) else math.inf
     differ = float(np.mean([_pairs_that_differ([label for label, _ in group]) for group in repeated]))
-    low, high = _wilson(differ, len(repeated))
+    low, high = wilson(differ, len(repeated))
     rates = {name: _error_rate(value, wrong) for name, value in (("estimate", differ), ("low", low), ("high", high))}
     return {"questions": len(repeated), "rows": sum(map(len, repeated)), "disagreement": differ, **rates}
-
-
-def _wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` questions (Wilson 1927), which is honest for few of them and for shares of 0 and 1."""
-    z = 1.959964
-    middle, shrink = (share + z * z / (2 * count)) / (1 + z * z / count), z / (1 + z * z / count)
-    reach = shrink * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def _error_rate(differ: float, wrong: float) -> float:

