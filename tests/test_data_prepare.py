@@ -1,6 +1,9 @@
 """Splits without a common question, written all or nothing."""
 
 import json
+import os
+import re
+import unicodedata
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -182,3 +185,23 @@ def test_prepare_ends_with_code_2_one_line_and_no_output(tmp_path, steps, capfd)
         "correct the rows or data.train.0 (columns, reward), or raise data.max_reject_fraction"
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+@pytest.mark.skipif("DFPO_DATA_DIR" not in os.environ, reason="DFPO_DATA_DIR names no folder with the real data files")
+def test_math_and_science_from_the_real_files_share_no_question_and_no_thirteen_words_between_train_and_test():
+    names = {"train": ("gsm8k", "math", "arc_challenge"), "id_test": ("gsm8k", "math500", "arc_challenge"), "ood_test": ("mmlu_stem",)}
+    sources = {split_name: [{"kind": "dataset", "name": name} for name in entries] for split_name, entries in names.items()}
+    prepared = split(folder=os.environ["DFPO_DATA_DIR"], overlap_common=100_000, **sources)
+    tables = prepared.tables
+    keys = {name: {question_key(q, c) for q, c in zip(questions(t), t["choices"].to_pylist(), strict=True)} for name, t in tables.items()}
+    assert not keys["train"] & (keys["id_test"] | keys["ood_test"]) and not keys["id_test"] & keys["ood_test"]
+
+    def grams(name):
+        texts = (re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", question).lower()) for question in questions(tables[name]))
+        return {" ".join(words[start : start + 13]) for words in texts for start in range(len(words) - 12)}
+
+    assert not grams("train") & (grams("id_test") | grams("ood_test"))
+    read = sum(tables[name].num_rows for name in tables) + len(prepared.removed)
+    assert read == 7473 + 7470 + 1056 + 1319 + 500 + 1172 + 3018
+    gone = {entry["row_id"]: entry["gate"] for entry in prepared.removed}
+    assert gone["arc_challenge/CSZ20740"] == "overlap"  # the test split has it as CSZ_2009_8_CSZ20740

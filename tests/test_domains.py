@@ -162,6 +162,16 @@ def test_a_folder_that_datasets_saved_reads_like_the_hub_and_like_jsonl(tmp_path
         assert [row | {"source": ""} for row in found] == [row | {"source": ""} for row in expected]
 
 
+def test_a_hub_copy_with_a_licence_of_its_own_states_it(tmp_path):
+    from datasets import Dataset, DatasetInfo
+
+    Dataset.from_list(HUB_ROWS["gsm8k"], info=DatasetInfo(license="odc-by")).save_to_disk(tmp_path / "set")
+    found = read_source(SourceConfig(kind="hub", name=str(tmp_path / "set")), 1, "data.train.0")
+    assert found.table["licence"].to_pylist() == ["odc-by"]
+    given = read_source(SourceConfig(kind="hub", name=str(tmp_path / "set"), licence="mine"), 1, "data.train.0")
+    assert given.table["licence"].to_pylist() == ["mine"]
+
+
 def test_the_file_in_the_folder_goes_before_a_copy_of_the_repository(tmp_path, hub):
     folder = hub("gsm8k")
     (folder / "gsm8k_test.jsonl").write_text('{"question": "local?", "answer": 1, "licence": "mine"}\n')

@@ -69,6 +69,11 @@ def test_an_empty_data_file_is_named(values, tmp_path):
     assert "empty.jsonl is empty" in line
 
 
+def test_a_data_folder_that_is_not_there_is_named(values):
+    (line,) = lines(values, data=values["data"] | {"folder": "/no/such/folder"})
+    assert line == "data.folder: there is no folder /no/such/folder; give an existing folder, or leave it empty"
+
+
 def test_a_home_inside_a_file_is_refused(values, tmp_path):
     assert lines(values, home=str(tmp_path / "rows.jsonl" / "home"))[0].startswith("home: cannot write")
 
@@ -113,6 +118,7 @@ def test_choosing_no_noise_also_drops_the_rate(values):
         ("folder/rows.JSONL", {"kind": "jsonl", "name": "folder/rows.JSONL"}),
         ("s3://bucket/rows.parquet", {"kind": "parquet", "name": "s3://bucket/rows.parquet"}),
         ("openai/gsm8k", {"kind": "hub", "name": "openai/gsm8k"}),
+        ("gsm8k", {"kind": "dataset", "name": "gsm8k"}),
     ],
 )
 def test_a_data_reference_names_a_source(reference, source):

@@ -156,6 +156,8 @@ def by_question(table: pa.Table, column: str, near: bool) -> dict[str, list[tupl
     groups: dict[str, list[tuple[str, int]]] = {}
     for row in table.select(["question", "choices", "choice_labels", column]).to_pylist():
         label, options = row[column], row["choices"] or []
+        if label is None:  # noise may have taken it away
+            continue
         if options and label in row["choice_labels"]:
             label = options[row["choice_labels"].index(label)]
         key = near_key(row["question"], options) if near else question_key(row["question"], options)

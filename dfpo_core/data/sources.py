@@ -41,7 +41,7 @@ REWARDS = "number", "choice", "exact"  # that a row may name; anything else (an 
 GYM_SEED_SPACING = 10**7  # item i of a family uses seed + i: seeds closer than a source's size would share items
 _HUB_OPTIONS = {"split": "train", "config": None, "revision": None}
 _NAMED_OPTIONS = ("split", "path", "subjects", "by_subject", "revision")
-_LICENCES = {"reasoning_gym": "Apache-2.0 (reasoning-gym)"}
+_GYM_LICENCE = "Apache-2.0 (reasoning-gym)"
 _Record = tuple[int, Any]  # line or row number from 1, and a dict (or a Rejected that says why there is none)
 
 
@@ -77,6 +77,7 @@ class _Read:
     records: list[_Record]
     sha256: str
     origin: str
+    licence: str = ""  # that the source states about itself
 
 
 def domain_of(source: SourceConfig) -> str:
@@ -104,7 +105,7 @@ def read_source(source: SourceConfig, seed: int, field: str, folder: str = "") -
         try:
             if named:
                 values = _as_documented(values, named, source)
-            row, generated = _row(values, source, read.origin)
+            row, generated = _row(values, source, read)
             if not generated and row["row_id"] in seen:
                 raise Rejected(source.id_column, f"the id {str(values[source.id_column])!r} occurs twice")
         except domains.LeftOut as reason:
@@ -183,7 +184,7 @@ def _read_hub(source: SourceConfig, seed: int, field: str) -> _Read:
     options = _hub_options(source, field)
     rows = _load(source.name, options["config"], options["split"], options["revision"], field)
     _demand_columns(rows.column_names, source, field)
-    return _digested(list(rows), source.name)
+    return _digested(list(rows), _at(source.name, options["revision"]), rows.info.license or "")
 
 
 def _load(name: str, config: str | None, split: str, revision: str | None, field: str):
@@ -219,17 +220,21 @@ def _read_gym(source: SourceConfig, seed: int, field: str) -> _Read:
     kept = {"source_options": source.options}  # a family's scorer may read them
     columns = source.question_column, source.answer_column, source.metadata_column
     rows = [dict(zip(columns, (item["question"], item["answer"], item["metadata"] | kept), strict=True)) for item in items]
-    return _digested(rows, f"gym:{source.name}")
+    return _digested(rows, f"gym:{source.name}", _GYM_LICENCE)
 
 
 _READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "hub": _read_hub, "reasoning_gym": _read_gym}
 
 
-def _digested(rows: list[dict[str, Any]], origin: str) -> _Read:
+def _at(name: str, revision: str | None) -> str:
+    return f"{name}@{revision}" if revision else name
+
+
+def _digested(rows: list[dict[str, Any]], origin: str, licence: str = "") -> _Read:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return _Read(list(enumerate(rows, start=1)), digest.hexdigest(), origin)
+    return _Read(list(enumerate(rows, start=1)), digest.hexdigest(), origin, licence)
 
 
 # Named data sets
@@ -245,10 +250,9 @@ def _read_named(entry: domains.DataSet, source: SourceConfig, field: str, folder
     if place.endswith(".parquet"):
         table, sha256 = _parquet(place, field)
         return _Read(list(enumerate(table.to_pylist(), start=1)), sha256, place)
-    rows: list[dict[str, Any]] = []
-    for config in _configs(entry, place):
-        rows += list(_load(place, config, split.hub, source.options.get("revision"), field))
-    return _digested(rows, place)
+    revision = source.options.get("revision") if place == entry.hub else None
+    parts = [_load(place, config, split.hub, revision, field) for config in _configs(entry, place)]
+    return _digested([row for part in parts for row in part], _at(place, revision), parts[0].info.license or "")
 
 
 def _configs(entry: domains.DataSet, place: str) -> tuple[str | None, ...]:
@@ -376,7 +380,7 @@ def _gym_seed(source: SourceConfig, seed: int, field: str) -> int:
 # Row validation
 
 
-def _row(values: Any, source: SourceConfig, origin: str) -> tuple[dict[str, Any], bool]:
+def _row(values: Any, source: SourceConfig, read: _Read) -> tuple[dict[str, Any], bool]:
     """One row of SCHEMA, and whether its id was made from the content. Raises Rejected."""
     if isinstance(values, Rejected):
         raise values
@@ -395,8 +399,8 @@ def _row(values: Any, source: SourceConfig, origin: str) -> tuple[dict[str, Any]
         "answer": answer,
         "domain": domain,
         "reward": reward,
-        "source": _optional_text(values, "source") or origin,
-        "licence": _optional_text(values, "licence") or source.licence or _LICENCES.get(source.kind, ""),
+        "source": _optional_text(values, "source") or read.origin,
+        "licence": _optional_text(values, "licence") or source.licence or read.licence,
         "choices": choices,
         "choice_labels": labels,
         "metadata": _metadata(values, source.metadata_column),
