@@ -26,7 +26,7 @@ def preflight(
         config: The whole configuration as one JSON string.
         pipeline_run_id: Id of this pipeline run; the parent run is tagged with it.
         model: Model reference in place of the config's; empty keeps it.
-        data: One training source in place of the config's (`*.jsonl`, `*.parquet`, `gym:FAMILY[:SIZE]`, a named data set, a hub id), or empty.
+        data: One training source (`*.jsonl`, `*.parquet`, `gym:FAMILY[:SIZE]`, a named data set, a hub id); empty keeps the config's.
         algorithm: Algorithm in place of the config's; empty keeps it.
         noise_kind: Kind of label noise in place of the config's; empty keeps it.
         noise_rate: Share of wrong labels in place of the config's; negative keeps it.
