@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dfpo_core.errors import UserError
 
 NOISE_KINDS = ("none", "symmetric", "permuted", "plausible")
+ROW_REWARDS = ("number", "choice", "exact", "math", "reasoning_gym")
 
 
 class Section(BaseModel):
@@ -40,7 +41,9 @@ class SourceConfig(Section):
     answer_column: str = Field("answer", description="column that holds the true answer")
     id_column: str = Field("id", description="column with a unique row id; generated from the content where absent")
     metadata_column: str = Field("metadata", description="column with a JSON object that the reward may need; kept where present")
-    reward: Literal["number", "choice", "exact"] = Field("number", description="how an answer is compared with the truth")
+    reward: Literal["number", "choice", "exact", "math", "reasoning_gym"] = Field(
+        "number", description="how an answer is compared with the truth"
+    )
     licence: str = Field("", description="licence string, for data without a licence column")
 
     @model_validator(mode="after")
@@ -156,6 +159,13 @@ class RewardNoiseConfig(Section):
     flip_rate: float = Field(0.0, ge=0, le=1, description="probability that a 0/1 reward is flipped")
 
 
+class RewardsConfig(Section):
+    """Limits of the processes that check answers (rewards `math` and `reasoning_gym`)."""
+
+    time_limit_seconds: float = Field(0.8, gt=0, le=60, description="one answer's time; past it the process is killed, the answer scores 0")
+    workers: int = Field(0, ge=0, description="processes; 0 starts one a core")
+
+
 class TrainConfig(Section):
     """RL post-training: rollouts, critic, advantage and policy loss."""
 
@@ -183,6 +193,7 @@ class TrainConfig(Section):
     kl_coefficient: float = Field(0.0, ge=0, description="weight of the KL divergence to the SFT policy")
     kl_in: Literal["reward", "loss"] = Field("reward", description="where the KL penalty enters")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="per-token KL estimator (Schulman 2020)")
+    reward: dict[str, Any] = Field({}, description="reward that trains, name and options; empty: each row's own, as in evaluation")
     reward_noise: RewardNoiseConfig = Field(RewardNoiseConfig(), description="noise on the reward itself")
     save_every: int = Field(25, ge=1, description="steps between resumable checkpoints")
     checkpoint_uri: str = Field(
@@ -306,6 +317,7 @@ class PipelineConfig(Section):
     prompt: PromptConfig = Field(PromptConfig(), description="prompt format")
     sft: SFTConfig = Field(SFTConfig(), description="supervised warm start")
     train: TrainConfig = Field(TrainConfig(), description="RL post-training")
+    rewards: RewardsConfig = Field(RewardsConfig(), description="limits on checking answers")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="evaluation")
     promote: PromoteConfig = Field(PromoteConfig(), description="promotion gate")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")

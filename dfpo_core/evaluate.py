@@ -143,11 +143,11 @@ def _answer(config: PipelineConfig, policy: Policy, questions: list[dict[str, An
     responses, drawn = _respond(config, policy, questions)
     gc.collect()  # the model is out of scope: its memory goes before the next one is loaded
     torch.cuda.empty_cache()
-    correct = rewards.score(questions, responses)
+    correct = rewards.score(questions, responses, limits=config.rewards)
     means: list[float | None] = [None] * len(questions)
     if drawn:
         repeated = [row for row, texts in zip(questions, drawn, strict=True) for _ in texts]
-        scores = rewards.score(repeated, [text for texts in drawn for text in texts])
+        scores = rewards.score(repeated, [text for texts in drawn for text in texts], limits=config.rewards)
         means = np.asarray(scores).reshape(len(questions), -1).mean(1).tolist()
     columns = ("split", "domain", "row_id", "question", "answer")
     return [
@@ -192,7 +192,7 @@ def critic_figures(config: PipelineConfig, trained_checkpoint: str, critic_check
 
     rows = [row for row in questions if row["split"] == "id_test"][:CRITIC_QUESTIONS]
     tokenizer, sampled, (returns, values, uncertainty) = _sample_with_critic(config, trained_checkpoint, critic_checkpoint, rows)
-    scores = np.asarray(rewards.score(rows, rollout.decode(tokenizer, sampled.response_ids, sampled.mask)))
+    scores = np.asarray(rewards.score(rows, rollout.decode(tokenizer, sampled.response_ids, sampled.mask), limits=config.rewards))
     realised, valid = np.broadcast_to(scores[:, None], values.shape), sampled.mask.numpy() > 0
     i = int(valid.sum(-1).argmax())  # the longest response has the most to show
     tokens = [tokenizer.decode([token]) for token in sampled.response_ids[i].numpy()[valid[i]]]

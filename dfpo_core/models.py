@@ -80,7 +80,7 @@ def load_policy(reference: str, home: Path):
         else:
             source = str(Path(reference).expanduser()) if _is_path(reference) else reference
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation=_attention())
                 tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError) as error:
@@ -119,13 +119,14 @@ def load_tokenizer(reference: str, home: Path):
 
 def save_policy(model, tokenizer, directory: str | Path) -> None:
     """Write an HF-format checkpoint; the directory appears only when it is complete."""
-    with atomic_directory(Path(directory)) as partial, _quiet_transformers():
+    with atomic_directory(Path(directory)) as partial, quiet_transformers():
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
+    """Without its warnings and progress bars, as they were again afterwards."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -144,7 +145,7 @@ def _converted(gguf: Path, home: Path) -> Path:
         return target
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dfpo_core.config import NoiseConfig, parse_config
+from dfpo_core.config import ROW_REWARDS, NoiseConfig, parse_config
 from dfpo_core.data import report
 from dfpo_core.data.prepare import SPLITS
 from dfpo_core.rewards import canonical_number, normalise_text
@@ -87,7 +87,7 @@ def add_label_noise(table: pa.Table, noise: NoiseConfig, seed: int) -> pa.Table:
     keys = text_keys(table["row_id"])
     chosen = _uniform(keys, seed, _CHOOSE) < (noise.rate if noise.kind != "none" else 0.0)
     label = truth
-    for reward in ("number", "choice", "exact"):
+    for reward in ROW_REWARDS:
         rows = np.flatnonzero(chosen & _equals(table["reward"], reward))
         if len(rows):
             label = _replace(label, rows, _wrong_labels(table, reward, rows, noise.kind, keys, seed))

@@ -106,7 +106,7 @@ def source_of(reference: str, replaced: Any = None) -> dict[str, Any]:
 
 def check(config: PipelineConfig) -> list[UserError]:
     """Every problem found, in the order of the configuration; empty when there is none."""
-    return [problem for part in (_home, _model, _data, _noise, _algorithm, _tracking, _cluster) for problem in part(config)]
+    return [problem for part in (_home, _model, _data, _noise, _algorithm, _reward, _tracking, _cluster) for problem in part(config)]
 
 
 def _raised(function: Callable, *arguments) -> Iterator[UserError]:
@@ -173,6 +173,12 @@ def _algorithm(config: PipelineConfig) -> Iterator[UserError]:
     yield from unknown
     if not unknown and find_spec("torch"):  # the options' own classes need it
         yield from _raised(algorithms.resolve, config.train)
+
+
+def _reward(config: PipelineConfig) -> Iterator[UserError]:
+    from dfpo_core import rewards
+
+    yield from _raised(rewards.parse, config.train.reward)
 
 
 def _tracking(config: PipelineConfig) -> Iterator[UserError]:

@@ -22,6 +22,7 @@ from dfpo_core.engines.pytorch import TorchEngine, learning_rate_factor
 from dfpo_core.errors import TrainingDiverged, UserError
 from dfpo_core.models import directory_sha256, load_policy, save_policy
 from dfpo_core.policy_losses.ppo_clip import kl_estimate
+from dfpo_core.rewards import pool
 from dfpo_core.sft import batch_indices, labelled
 from dfpo_core.types import AdvantageInputs, CriticBatch, PolicyLossInputs, Rollout, masked_mean
 
@@ -59,6 +60,7 @@ class Trainer:
         self.advantage = advantages.registry.get(self.algorithm.advantage_name)(self.algorithm.advantage_config)
         self.policy_loss, self.policy_loss_engine = self._policy_loss(*limits)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.reward = rewards.create(self.settings.reward, config.rewards)
         self.steps_done = 0
         self.history: list[dict[str, float]] = []
 
@@ -134,7 +136,7 @@ class Trainer:
         rows = [self.rows[i] for i in chosen for _ in range(s.samples_per_prompt)]
         # Keyed by question too: else a short answer such as 42 would be flipped for every question, or for none.
         keys = [f"{row['row_id']}\n{text}" for row, text in zip(rows, texts, strict=True)]
-        noisy = noise.flip(rewards.score(rows, texts, "label"), keys, s.reward_noise.flip_rate, self.config.seed)
+        noisy = noise.flip(self.reward.score(rows, texts, "label"), keys, s.reward_noise.flip_rate, self.config.seed)
         batch = Rollout(
             prompt_ids=ids,
             prompt_mask=mask,
@@ -144,7 +146,7 @@ class Trainer:
             reference_log_probs=torch.zeros_like(generation.log_probs),
             entropy=generation.entropy,
             rewards=torch.tensor(noisy, dtype=torch.float32, device=self.device),
-            clean_rewards=torch.tensor(rewards.score(rows, texts, "answer"), dtype=torch.float32, device=self.device),
+            clean_rewards=torch.tensor(rewards.score(rows, texts, "answer", self.config.rewards), dtype=torch.float32, device=self.device),
             row_ids=tuple(row["row_id"] for row in rows),
             samples_per_prompt=s.samples_per_prompt,
         )
@@ -281,6 +283,7 @@ class Trainer:
             "policy/entropy": masked_mean(batch.entropy, batch.mask).item(),
             "rollout/response_length": lengths.mean().item(),
             "rollout/truncated_fraction": 1.0 - ended.mean().item(),
+            "reward/failed_checks": float(sum(pool.take_failures().values())),
         }
 
     @torch.no_grad()
@@ -367,7 +370,9 @@ def value_metrics(token_rewards: Tensor, returns: Tensor, values: Tensor, mask: 
 
 def identity_of(config: PipelineConfig, sft_checkpoint: str) -> dict[str, Any]:
     """The settings that a resumed run must share with the run that it continues."""
-    values = config.model_dump(mode="json", exclude={"name", "home", "tracking", "cluster", "evaluate", "promote", "data", "sft"})
+    values = config.model_dump(
+        mode="json", exclude={"name", "home", "tracking", "cluster", "evaluate", "promote", "data", "sft", "rewards"}
+    )
     values["train"] = {k: v for k, v in values["train"].items() if k not in ("steps", "save_every", "checkpoint_uri")}
     flat = {f"{section}.{key}": v for section in ("train", "noise", "prompt") for key, v in values.pop(section).items()}
     return values | flat | {"sft checkpoint": directory_sha256(sft_checkpoint)}

@@ -1,16 +1,11 @@
-"""How right a response is: 1.0 or 0.0 against the truth (`answer`) or against what training sees (`label`).
+"""The final answer of a response, found by the same rule for every kind of question, and plain numbers in one spelling.
 
-A response earns nothing by hedging. It has one final answer, found by the same rule for every kind of question:
+A response earns nothing by hedging: it has one final answer.
 
 * Marks are `\\boxed{...}`, `#### ...`, `answer is ...`, `answer: ...` and, for numbers, `= ...` up to the end of the text.
   The last mark decides; what stands in front of it is working-out.
+* Of nested boxes the outermost is the answer, with all that it holds. A box that is never closed holds no answer.
 * Without a mark the whole response is the answer.
-
-number: the final answer must hold one plain number, however often. A second, different number, an arithmetic operator or a word
-    that mixes digits with anything else (`17+25`, `4²`, `1e3`) makes it worthless: evaluating it is the model's job, not ours.
-    A fraction counts only when it is all of the final answer. Equal values are equal: 3.50 is 3.5, 1,234 is 1234, 1/2 is 0.5.
-choice: the final answer starts with a label (`C`, `(C)`, `C. days`), or is the text of one option, or names exactly one label.
-exact: the response is the answer, compared in Unicode form NFKC without case, surplus spaces and a closing full stop.
 """
 
 from __future__ import annotations
@@ -18,45 +13,20 @@ from __future__ import annotations
 import re
 import unicodedata
 from fractions import Fraction
-from typing import Any
-
-from dfpo_core.errors import UserError
 
 _NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d+))?")
 _FRACTION = re.compile(r"[-+]?\d{1,100}/\d{1,100}")
 _MARK = re.compile(r"answer(?:\s+is\b|\s*[:=])\s*[:=]?|####|\\boxed\{", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
+_BRACES = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)  # an escaped brace is a character like any other
 _EMPHASIS = re.compile(r"\*\*([^*\n]+)\*\*")
 _ENCLOSING = "\"'`“”‘’()[]{}<>$€£%.,:;!?*_\\%"
 _OPERATORS = set("+-*/^=<>×÷·±~%")
+# Words that make `42` beside them something else.
+OTHER_VALUE = {"not", "never", "minus", "plus", "negative", "half", "squared", "cubed", "factorial", "pi"}
+OTHER_VALUE |= {"dozen", "hundred", "thousand", "million", "billion", "trillion"}
+_CALCULATION = re.compile(r"\\(?!left\b|right\b|mathrm\b|mbox\b|textbf\b|quad\b)[A-Za-z]")  # \pi, \sqrt, \cdot, ...
 _LONGEST_NUMBER = 5000  # characters of one word; also keeps a 100 kB digit string cheap
-
-
-def score(rows: list[dict[str, Any]], responses: list[str], against: str = "answer") -> list[float]:
-    """One 0/1 reward a response.
-
-    Args:
-        rows: data rows with `reward` (number, choice or exact), the column named by `against`, and for choices `choices`
-            and `choice_labels`; as many as responses.
-        against: `answer` (the truth) or `label` (what training sees).
-
-    Raises:
-        UserError: a row whose `reward` is none of the three kinds.
-    """
-    return [_score_one(row, response, row[against]) for row, response in zip(rows, responses, strict=True)]
-
-
-def _score_one(row: dict[str, Any], response: str, wanted: str) -> float:
-    kind = row["reward"]
-    if kind == "number":
-        given = extract_number(response)
-        return float(given is not None and given == canonical_number(wanted))
-    if kind == "choice":
-        given = extract_choice(response, row["choice_labels"], row["choices"])
-        return float(given is not None and given == wanted)
-    if kind == "exact":
-        return float(normalise_text(response) == normalise_text(wanted))
-    raise UserError("reward", f"row {row.get('row_id')!r} has the unknown kind {kind!r}", "use number, choice or exact")
 
 
 def canonical_number(text: str) -> str | None:
@@ -67,7 +37,7 @@ def canonical_number(text: str) -> str | None:
     text = text.strip()
     if len(text) > _LONGEST_NUMBER:
         return None
-    text = _ascii_digits(text)
+    text = ascii_digits(text)
     if _FRACTION.fullmatch(text):
         return _canonical_fraction(text)
     match = _NUMBER.fullmatch(text)
@@ -111,15 +81,15 @@ def normalise_text(text: str) -> str:
 
 def extract_number(response: str) -> str | None:
     """The canonical final number of a response, or None. Never raises; linear in the length."""
-    text = _without_markup(_ascii_digits(response))
-    mark_end, answer = _after_last_mark(text)
+    text = without_markup(ascii_digits(response))
+    mark_end, answer = after_last_mark(text)
     equals = text.rfind("=")
     return _only_number(text[equals + 1 :] if equals >= mark_end else answer)
 
 
 def extract_choice(response: str, labels: list[str], choices: list[str]) -> str | None:
     """The label that a response settles on, or None. Never raises; linear in the length."""
-    answer = _after_last_mark(_without_markup(response))[1].strip()
+    answer = after_last_mark(without_markup(response))[1].strip()
     by_name = {label.lower(): label for label in labels}
     start = re.match(r"\(?\s*(\w{1,8})\s*(?:[).:]|$)", answer)
     if start and start[1].lower() in by_name:
@@ -132,40 +102,71 @@ def extract_choice(response: str, labels: list[str], choices: list[str]) -> str 
     return named.pop() if len(named) == 1 else None
 
 
-def _without_markup(text: str) -> str:
+def without_emphasis(text: str) -> str:
+    """**bold** without its asterisks."""
+    return _EMPHASIS.sub(r" \1 ", text)
+
+
+def without_markup(text: str) -> str:
     """Drop what only sets type: **bold**, \\text{...} and LaTeX's {,} between thousands."""
-    return _EMPHASIS.sub(r" \1 ", text.replace("\\text{", "{").replace("{,}", ","))
+    return without_emphasis(text.replace("\\text{", "{").replace("{,}", ","))
 
 
-def _after_last_mark(text: str) -> tuple[int, str]:
-    """Where the last mark ends, and the braces' content or the sentence behind it. Without a mark: 0 and all of the text."""
+def after_last_mark(text: str) -> tuple[int, str]:
+    """Where the last mark ends, and the box's content or the sentence behind it. Without a mark: 0 and all of the text.
+
+    A mark inside an unclosed box has nothing behind it: the length of the text, and "".
+    """
     marks = list(_MARK.finditer(text))
     if not marks:
         return 0, text
     last = marks[-1]
-    rest = text[last.end() :]
-    if last[0].startswith("\\"):
-        return last.end(), _inside_braces(rest)
-    rest = rest.lstrip()
-    end = _SENTENCE_END.search(rest)
-    return last.end(), rest[: end.start()] if end else rest
+    box = _outermost_box(text, last.start())
+    if box is not None:
+        start, end = box
+        return (len(text), "") if end is None else (last.end(), text[start:end].replace("\\boxed{", "{"))
+    rest = text[last.end() :].lstrip()
+    return last.end(), _sentence(rest)
 
 
-def _inside_braces(text: str) -> str:
-    """Up to the brace that closes one opened just before `text`; all of it when none does."""
-    depth = 1
-    for match in re.finditer(r"[{}]", text):
-        depth += 1 if match[0] == "{" else -1
+def _outermost_box(text: str, position: int) -> tuple[int, int | None] | None:
+    """Start and end of the content of the outermost box around `position`; the end is None when nothing closes it. None: no box."""
+    start, depth = None, 0
+    for token in _BRACES.finditer(text, 0 if "\\boxed{" in text else len(text)):
+        opens, closes = token[0].endswith("{") and token[0] != "\\{", token[0] == "}"
+        if start is None:
+            if token.start() > position:
+                return None
+            if token[0] == "\\boxed{":
+                start, depth = token.end(), 1
+            continue
+        depth += opens - closes
         if depth == 0:
-            return text[: match.start()]
-    return text
+            if token.start() > position:
+                return start, token.start()
+            start = None
+    return None if start is None else (start, None)
+
+
+def _sentence(text: str) -> str:
+    """The first sentence or line; a displayed formula at its start is kept whole, with what stands behind it on its last line."""
+    closing = {"$$": "$$", "\\[": "\\]"}.get(text[:2])
+    formula_end = text.find(closing, 2) if closing else -1
+    end = _SENTENCE_END.search(text, max(formula_end, 0))
+    return text[: end.start()] if end else text
 
 
 def _only_number(text: str) -> str | None:
-    """The canonical value of the one plain number in `text`; None when it has none, two, or anything that is not plain."""
+    """The canonical value of the one plain number in `text`; None when it has none, two, or anything that is not plain.
+
+    A fraction must be all of the text, and 84/2 is a division left undone, not a spelling of 42.
+    """
     whole = text.strip().strip(_ENCLOSING)
     if _FRACTION.fullmatch(whole):
-        return canonical_number(whole)
+        value = canonical_number(whole)
+        return None if value is None or value.removeprefix("-").isdigit() else value
+    if _CALCULATION.search(text):
+        return None
     value = None
     for word in dict.fromkeys(text.split()):
         bare = word.strip(_ENCLOSING)
@@ -174,7 +175,7 @@ def _only_number(text: str) -> str | None:
             if number is None or value not in (None, number):
                 return None
             value = number
-        elif set(word) <= _OPERATORS:
+        elif set(word) <= _OPERATORS or bare.lower() in OTHER_VALUE:
             return None
     return value
 
@@ -185,7 +186,7 @@ def _decimal_point(word: str, bare: str) -> str:
     return f".{bare}" if start > 0 and word[start - 1] == "." and bare.isdigit() else bare
 
 
-def _ascii_digits(text: str) -> str:
+def ascii_digits(text: str) -> str:
     """Decimal digits of every script, and the typographic minus, in ASCII. Superscripts stay: 4² is not 42."""
     if text.isascii():
         return text
