@@ -23,7 +23,7 @@ from dfpo_core.config import RewardsConfig
 
 _START_SECONDS = 120.0  # to import the checker, on a busy machine
 _STARTING = -1
-_GRACE_SECONDS = 10.0  # beyond the time limit, for a worker that does not even report a kill
+_GRACE_SECONDS = 30.0  # beyond the time limit, for a worker that does not even report a kill
 
 _pools: dict[tuple[str, RewardsConfig], Pool] = {}
 _failures: Counter[str] = Counter()
@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 def check_all(function: str, arguments: list[list[Any]], limits: RewardsConfig) -> list[float]:
     """`function` ("package.module:name") of each list of JSON arguments, in the workers; 0.0 where a check failed.
 
-    The module's `warm_up()` is called once in each worker, outside the time limit. Raises RuntimeError when the workers do not start.
+    The module has the hooks that `worker` names. Raises RuntimeError when the workers do not start.
     """
     if not arguments:
         return []

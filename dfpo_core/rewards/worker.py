@@ -3,7 +3,8 @@
 Run as `python -m dfpo_core.rewards.worker MODULE:FUNCTION TIME_LIMIT`; `pool` is the other end. This process imports the function,
 warms it up and forks: a child reads requests and writes replies, one JSON line each. The kernel's timer kills the child in the middle
 of an answer that takes too long, whatever it is doing; this process then says so and forks the next child, which costs milliseconds
-because everything is imported. Only this process forks, and it has one thread.
+because everything is imported. Only this process forks, and it has one thread. The function's module has a `warm_up()`, called once, and
+a `prepare(*arguments)`, called before each answer and outside its time limit for what does not depend on the answer.
 
 Lines: out `{"ready": true}` once; in `{"id": n, "arguments": [...]}`; out `{"id": n, "value": x}`, or `{"id": n, "failure": "raised"}`,
 or from this process, which cannot know n, `{"failure": "time limit"}` or `{"failure": "crashed"}`. A request is only sent when the
@@ -18,6 +19,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 
 MEMORY_LIMIT_BYTES = 4 << 30  # of address space
 _FINISHED = 64  # exit status of a child whose input ended
@@ -36,7 +38,7 @@ def main(function_path: str, time_limit: float) -> None:
     while True:
         child = os.fork()
         if child == 0:
-            _serve(getattr(module, name), time_limit, requests, replies)
+            _serve(getattr(module, name), module.prepare, time_limit, requests, replies)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == _FINISHED:
             return
@@ -47,7 +49,7 @@ def main(function_path: str, time_limit: float) -> None:
             return
 
 
-def _serve(function, time_limit: float, requests: int, replies: int) -> None:
+def _serve(function: Callable, prepare: Callable, time_limit: float, requests: int, replies: int) -> None:
     """The child: answer requests until they end. Leaves by os._exit, so that it never returns into the loop that forks."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a checker has no file to write
@@ -55,6 +57,7 @@ def _serve(function, time_limit: float, requests: int, replies: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in os.fdopen(requests, "rb"):
         request = json.loads(line)
+        prepare(*request["arguments"])
         signal.setitimer(signal.ITIMER_REAL, time_limit)
         try:
             reply = {"value": float(function(*request["arguments"]))}
