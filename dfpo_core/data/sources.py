@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 
 from dfpo_core import domains
-from dfpo_core.config import SourceConfig
+from dfpo_core.config import ROW_REWARDS, SourceConfig
 from dfpo_core.errors import UserError
 from dfpo_core.rewards import canonical_number, normalise_text
 
@@ -37,7 +37,6 @@ SCHEMA = pa.schema(
         ("metadata", pa.string()),  # a JSON object that a reward may need, or null
     ]
 )
-REWARDS = "number", "choice", "exact"  # that a row may name; anything else (an import path) is for the configuration to say
 GYM_SEED_SPACING = 10**7  # item i of a family uses seed + i: seeds closer than a source's size would share items
 _HUB_OPTIONS = {"split": "train", "config": None, "revision": None}
 _NAMED_OPTIONS = ("split", "path", "subjects", "by_subject", "revision")
@@ -433,8 +432,8 @@ def _reward(values: dict[str, Any], source: SourceConfig) -> str:
     given = values.get("reward")
     if not isinstance(given, str) or not given:
         return source.reward
-    if given not in REWARDS:
-        raise Rejected("reward", f"{_short(given)} is none of {', '.join(REWARDS)}")
+    if given not in ROW_REWARDS:
+        raise Rejected("reward", f"{_short(given)} is none of {', '.join(ROW_REWARDS)}")
     return given
 
 
