@@ -103,7 +103,7 @@ def load_tokenizer(reference: str, home: Path):
         return character_tokenizer()
     gguf = _packaged_file(reference.removeprefix("pkg:")) if reference.startswith("pkg:") else Path(reference).expanduser()
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             if gguf.suffix != ".gguf":
                 return AutoTokenizer.from_pretrained(str(gguf) if _is_path(reference) else reference)
             converted = _converted_to(gguf, home)

@@ -43,12 +43,12 @@ def _from_solution(row: dict[str, Any]) -> dict[str, Any]:
 class Math(Domain):
     """Word problems with a number for an answer, and competition problems with any LaTeX expression."""
 
-    reward = "exact"
+    reward = "math"
     prompt = PromptConfig(
         system="You solve mathematics problems.",
         answer_format={
             "number": "Reason briefly, then end with the line: #### NUMBER",
-            "exact": "Reason step by step, and put the final answer within \\boxed{}.",
+            "math": "Reason step by step, and put the final answer within \\boxed{}.",
         },
         examples=[
             ExampleConfig(
@@ -59,7 +59,7 @@ class Math(Domain):
             ExampleConfig(
                 question="Solve $2x - 1 = 0$ for $x$.",
                 answer="Adding 1 gives $2x = 1$, so $x = \\frac{1}{2}$: \\boxed{\\frac{1}{2}}",
-                reward="exact",
+                reward="math",
             ),
         ],
         max_prompt_tokens=1024,
@@ -77,7 +77,7 @@ class Math(Domain):
             about="competition mathematics in seven subjects (hendrycks MATH)",
             hub="EleutherAI/hendrycks_math",
             licence="MIT",
-            reward="exact",
+            reward="math",
             splits={"train": Split("train", "math_train"), "test": Split("test", "math_test")},
             configs=_MATH_SUBJECTS,
             columns={"question": "problem", "answer": "solution", "subject": "type"},
@@ -87,7 +87,7 @@ class Math(Domain):
             about="500 questions of MATH's test split",
             hub="HuggingFaceH4/MATH-500",
             licence="MIT",
-            reward="exact",
+            reward="math",
             splits={"test": Split("test", "math500")},
             columns={"id": "unique_id", "question": "problem", "answer": "answer"},
         ),
@@ -110,7 +110,7 @@ class Math(Domain):
             about="272 university-level questions with LaTeX answers",
             hub="math-ai/minervamath",
             licence="",
-            reward="exact",
+            reward="math",
             splits={"test": Split("test", "minerva_math")},
         ),
     }
