@@ -230,7 +230,7 @@ def submit(arguments: argparse.Namespace) -> int:
     resolved = submission.with_arguments(config, parameters)
     for warning in submission.warnings_for_cluster(resolved):
         print(f"warning: {warning}", file=sys.stderr)
-    problems = submission.check_for_cluster(resolved, arguments.tracking_in_cluster)
+    problems = submission.check_for_cluster(resolved, arguments.tracking_in_cluster, recurring=bool(schedule))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:

@@ -31,7 +31,6 @@ LOOK_AFTER_SECONDS = (1.0, 2.0, 4.0)
 MAX_CONCURRENCY = 10
 LARGEST_INTEGER = 2**53
 """KFP carries numbers as doubles: integers beyond are not exact."""
-DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -116,15 +115,13 @@ def with_arguments(config: PipelineConfig, arguments: dict[str, Any]) -> Pipelin
 # ---------------------------------------------------------------------------------------------------------- checks
 
 
-def check_for_cluster(config: PipelineConfig, tracking_in_cluster: bool = False) -> list[UserError]:
+def check_for_cluster(config: PipelineConfig, tracking_in_cluster: bool = False, recurring: bool = False) -> list[UserError]:
     """What would be lost or impossible in pods: stores on a pod's own disk, a tracking server that nobody can reach, GPUs without a
-    type, names that Kubernetes refuses. `tracking_in_cluster`: only pods reach the tracking server, so do not try it from here."""
-    return [problem for part in (_stores, _accelerators, _names) for problem in part(config)] + list(
-        _tracking_server(config, tracking_in_cluster)
-    )
+    type. `tracking_in_cluster`: only pods reach the tracking server, so do not try it from here."""
+    return [*_stores(config, recurring), *_accelerators(config), *_tracking_server(config, tracking_in_cluster)]
 
 
-def _stores(config: PipelineConfig) -> Iterator[UserError]:
+def _stores(config: PipelineConfig, recurring: bool) -> Iterator[UserError]:
     cluster = config.cluster
     on_volume = bool(cluster.pvc) and config.home_path.is_relative_to(cluster.pvc_mount_path)
     if config.tracking_uri.startswith(("sqlite:", "file:")) and not on_volume:
@@ -133,21 +130,15 @@ def _stores(config: PipelineConfig) -> Iterator[UserError]:
     if cluster.retries and not on_volume and not config.train.checkpoint_uri:
         problem = "is empty, and a retried training pod would find no state"
         yield UserError("train.checkpoint_uri", problem, "set a URL, home to a folder of cluster.pvc, or cluster.retries to 0")
+    if recurring and config.train.checkpoint_uri and "{run}" not in config.train.checkpoint_uri:
+        problem = "is the same for every run, so the second would go on from the end of the first"
+        yield UserError("train.checkpoint_uri", problem, "put {run} into it")
 
 
 def _accelerators(config: PipelineConfig) -> Iterator[UserError]:
     if config.cluster.gpu_count and not config.cluster.gpu_type:
         problem = f"{config.cluster.gpu_count} GPUs asked for without a type"
         yield UserError("cluster.gpu_type", problem, "set it, e.g. nvidia.com/gpu")
-
-
-def _names(config: PipelineConfig) -> Iterator[UserError]:
-    cluster = config.cluster
-    named = [("mlflow_secret", cluster.mlflow_secret), ("hub_secret", cluster.hub_secret), ("pvc", cluster.pvc)]
-    named += [("image_pull_secrets", name) for name in cluster.image_pull_secrets]
-    for key, name in named:
-        if name and not DNS_SUBDOMAIN.fullmatch(name):
-            yield UserError(f"cluster.{key}", f"{name!r} is no Kubernetes name", "give the name of the object, not its content")
 
 
 def _tracking_server(config: PipelineConfig, tracking_in_cluster: bool) -> Iterator[UserError]:
@@ -180,9 +171,15 @@ def warnings_for_cluster(config: PipelineConfig) -> list[str]:
     if config.tracking_uri.startswith("http") and not cluster.mlflow_secret:
         warnings.append("cluster.mlflow_secret: no credentials reach the pods; name a secret if the MLflow server asks for them")
     sources = [source for split in ("train", "id_test", "ood_test") for source in getattr(config.data, split)]
-    if not cluster.hub_secret and any(source.kind == "hub" for source in sources):
+    if config.train.checkpoint_uri.startswith("s3://") and not cluster.object_store_secret:
+        warnings.append(
+            "cluster.object_store_secret: no credentials for train.checkpoint_uri reach the pods; name a secret if it needs them"
+        )
+    if not cluster.hub_secret and any(source.kind in ("hub", "dataset") for source in sources):
         warnings.append("cluster.hub_secret: no hub token reaches the pods; name a secret if a data set is gated")
     files = [source.name for source in sources if source.kind in ("jsonl", "parquet")]
+    if config.data.folder:
+        files.append(config.data.folder)
     if config.model.startswith(("/", "./", "../", "~")) or config.model.endswith(".gguf"):
         files.append(config.model)
     for path in files:

@@ -18,8 +18,11 @@ from pipelines import cli, dfpo_pipeline, kfp_server, submission
 from pipelines.dfpo_pipeline import compile_pipeline
 
 COMPILED = submission.read_compiled(ROOT / "pipelines" / "dfpo_pipeline.yaml")[0]
-FOR_CLUSTER = ["--set", "tracking.uri=http://mlflow.mlops.svc:5000", "--set", "train.checkpoint_uri=s3://bucket/dfpo"]
-IMAGES = ["--set", "cluster={image: 'ghcr.io/me/dfpo:0.1.0', gpu_image: 'ghcr.io/me/dfpo:0.1.0', mlflow_secret: mlflow}"]
+FOR_CLUSTER = ["--set", "tracking.uri=http://mlflow.mlops.svc:5000", "--set", "train.checkpoint_uri=s3://bucket/dfpo/{run}"]
+IMAGES = [
+    "--set",
+    "cluster={image: 'ghcr.io/me/dfpo:0.1.0', gpu_image: 'ghcr.io/me/dfpo:0.1.0', mlflow_secret: mlflow, object_store_secret: s3}",
+]
 POST = ("POST", "runs")
 
 
@@ -638,14 +641,13 @@ def test_a_value_that_the_pods_would_refuse_is_refused_here(submit):
         (["home=/mnt/dfpo/home", "cluster.pvc=claim"], []),
         (["home=/elsewhere", "cluster.pvc=claim"], ["tracking.uri", "train.checkpoint_uri"]),
         (["home=/mnt/dfpo/home", "cluster={pvc: claim, gpu_count: 1, gpu_type: ''}"], ["cluster.gpu_type"]),
-        (["home=/mnt/dfpo/home", "cluster={pvc: claim, mlflow_secret: 'pass word', hub_secret: hf_abc}"], ["cluster.mlflow_secret"] * 2),
         (["tracking.uri=http://me:secret@mlflow.mlops.svc:5000", "cluster.retries=0"], ["tracking.uri"]),
         (["tracking.uri=http://127.0.0.1:9", "cluster.retries=0"], ["tracking.uri"]),
     ],
 )
 def test_what_a_pod_would_lose_or_not_reach_is_refused_before_submitting(overrides, fields):
     problems = submission.check_for_cluster(load_config(TINY, overrides))
-    assert [problem.field.replace("hub_secret", "mlflow_secret") for problem in problems] == fields
+    assert [problem.field for problem in problems] == fields
 
 
 def test_a_tracking_server_that_only_pods_reach_must_be_declared():
@@ -653,6 +655,11 @@ def test_a_tracking_server_that_only_pods_reach_must_be_declared():
     (problem,) = submission.check_for_cluster(config)
     assert str(problem).endswith("or, if only pods reach it, add --tracking-in-cluster") and str(problem).count("tracking.uri: ") == 1
     assert submission.check_for_cluster(config, tracking_in_cluster=True) == []
+
+
+def test_recurring_runs_do_not_share_a_checkpoint(submit):
+    code, _, err = submit("http://127.0.0.1:9", "--every", "1d", "--set", "train.checkpoint_uri=s3://bucket/dfpo")
+    assert code == 2 and err[0].startswith("error: train.checkpoint_uri: is the same for every run")
 
 
 def test_gpus_given_as_parameters_are_checked_with_their_type(submit):
@@ -685,6 +692,7 @@ def test_warnings_name_the_field_and_do_not_stop_a_submission(serve, dfpo):
         "cluster.image: dfpo-cpu:0.1.0 names no registry",
         "cluster.gpu_image: ghcr.io/me/dfpo:latest can change between two pods of a run",
         "cluster.mlflow_secret: no credentials reach the pods",
+        "cluster.object_store_secret: no credentials for train.checkpoint_uri reach the pods",
         "/data/x.jsonl: is not on cluster.pvc",
     ]
     on_volume = load_config(TINY, ["data.ood_test=[{kind: jsonl, name: /mnt/dfpo/x.jsonl}]", "cluster={pvc: claim, image: 'a.b/c:1'}"])
