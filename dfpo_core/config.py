@@ -28,10 +28,10 @@ class Section(BaseModel):
 class SourceConfig(Section):
     """One source of question / answer rows."""
 
-    kind: Literal["dataset", "reasoning_gym", "jsonl", "parquet", "hub"] = Field(description="how to read it")
-    name: str = Field(description="named data set of a domain, reasoning-gym family, path or fsspec URL, or hub data set id")
+    kind: Literal["dataset", "reasoning_gym", "chains", "jsonl", "parquet", "hub"] = Field(description="how to read it")
+    name: str = Field(description="named data set of a domain, family of reasoning_gym or chains, path or fsspec URL, or hub data set id")
     domain: str = Field("", description="name used in metrics; default: the source's name")
-    size: int = Field(0, ge=0, description="rows to take; 0 takes all (reasoning-gym needs a size)")
+    size: int = Field(0, ge=0, description="rows to take; 0 takes all (generators need a size)")
     options: dict[str, Any] = Field(
         {},
         description="family arguments; split / config / revision of a hub data set; split / path / subjects / by_subject / revision "
@@ -48,8 +48,8 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _size_for_generators(self):
-        if self.kind == "reasoning_gym" and self.size == 0:
-            raise ValueError("size must be above 0 for a reasoning_gym source")
+        if self.kind in ("reasoning_gym", "chains") and self.size == 0:
+            raise ValueError(f"size must be above 0 for a {self.kind} source")
         return self
 
     @model_validator(mode="before")
@@ -149,6 +149,7 @@ class SFTConfig(Section):
     micro_batch_size: int = Field(16, ge=1, description="sequences a forward pass (gradient accumulation)")
     learning_rate: float = Field(2e-5, gt=0, description="peak AdamW learning rate")
     warmup_steps: int = Field(2, ge=0, description="linear warm-up steps")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning-rate schedule after warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm clip")
 

@@ -5,6 +5,8 @@ Nothing is loaded from elsewhere, and every text that comes from data or models 
 
 from __future__ import annotations
 
+import base64
+import io
 from html import escape
 
 STYLE = """
@@ -46,6 +48,18 @@ def section(title: str, body: str, note: str = "") -> str:
     """A titled box around `body`, which is HTML already; `note` is plain text."""
     lead = f'<p class="soft">{escape(note)}</p>' if note else ""
     return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>\n"
+
+
+def image(figure, alternative: str) -> str:
+    """A matplotlib figure as an SVG inside the page; the same numbers give the same bytes."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "dfpo"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    source = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    width = 1.15 * figure.get_figwidth()  # a small figure is not blown up to the width of the page
+    return f'<figure><img alt="{escape(alternative)}" style="max-width: {width:.1f}in" src="{source}"></figure>'
 
 
 def table(head: list[str], rows: list[list[str]], numbers_from: int = 1) -> str:

@@ -5,14 +5,12 @@ Nothing is loaded from elsewhere, and every text that comes from data or models 
 
 from __future__ import annotations
 
-import base64
-import io
 from html import escape
 from itertools import zip_longest
 from typing import Any
 
 from dfpo_core.config import PipelineConfig
-from dfpo_core.html import page, section, shortened, table, text_cell
+from dfpo_core.html import image, page, section, shortened, table, text_cell
 from dfpo_core.promote import Decision
 from dfpo_core.tracking import flatten, noise_tag
 
@@ -20,14 +18,14 @@ NAMES = {"base": "Base", "sft": "SFT", "trained": "Trained", "champion": "Champi
 SPLIT_NAMES = {"id_test": "In domain", "ood_test": "Out of domain"}
 COLOURS = {"base": "#9aa5b1", "sft": "#d99a3d", "trained": "#2f6db5", "champion": "#6b4fa0"}
 SHOWN_SAMPLES = 24
-_FIGURE_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "dfpo"}
+_FIGURE_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def render(
     config: PipelineConfig, evaluation: dict[str, Any], answers: list[dict[str, Any]], decision: Decision, drawings: dict[str, Any]
 ) -> str:
     """The whole report as HTML text; `drawings` are `figures(evaluation)`, with `value_fan` and `calibration` where there is a critic."""
-    drawn = {name: _image(figure, name) for name, figure in drawings.items()}
+    drawn = {name: image(figure, _ALTERNATIVES[name]) for name, figure in drawings.items()}
     sections = [
         _heading(config, evaluation),
         _gate(decision),
@@ -121,17 +119,6 @@ _ALTERNATIVES = {
     "value_fan": "Return distribution at each token of one response, with advantage and uncertainty",
     "calibration": "Coverage of the critic's quantiles, and realised return by predicted value",
 }
-
-
-def _image(figure, name: str) -> str:
-    import matplotlib
-
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_FIGURE_STYLE):  # its hash salt is read now: the same numbers give the same file
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    source = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    width = 1.15 * figure.get_figwidth()  # a small figure is not blown up to the width of the page
-    return f'<figure><img alt="{_ALTERNATIVES[name]}" style="max-width: {width:.1f}in" src="{source}"></figure>'
 
 
 # ---------------------------------------------------------------------------------------------------------- sections

@@ -96,7 +96,7 @@ def train(model, tokenizer, rows: list[dict], config: PipelineConfig, step_run) 
                 loss = sft_loss(model, *(t.to(device) for t in (*prompt, *response)), token_count)
             engine.backward(loss)
             total += loss.item()
-        norm = engine.step(learning_rate_factor(step, settings.steps, settings.warmup_steps, "linear"))
+        norm = engine.step(learning_rate_factor(step, settings.steps, settings.warmup_steps, settings.schedule))
         seconds = time.perf_counter() - started
         metrics = {"sft/loss": total, "sft/gradient_norm": norm, "sft/tokens_per_second": token_count / seconds}
         step_run.log_metrics(metrics, step + 1)

@@ -55,6 +55,20 @@ def paired_difference(first: np.ndarray, second: np.ndarray, *, confidence: floa
     return bootstrap_mean(first - second, confidence=confidence, samples=samples, seed=seed)
 
 
+def student_interval(values: np.ndarray, *, confidence: float = 0.95) -> Interval:
+    """The mean of `values` (n,) with Student's t interval, for the handful of seeds of which a bootstrap would be too sure.
+
+    Raises ValueError for fewer than two values.
+    """
+    from scipy.stats import t
+
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
+        raise ValueError(f"an interval needs at least two finite numbers, got shape {values.shape}")
+    mean, reach = float(values.mean()), float(t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return Interval(mean, mean - reach, mean + reach, len(values))
+
+
 def _resampled_means(values: np.ndarray, samples: int, generator: np.random.Generator) -> np.ndarray:
     """(samples,) means of resamples with replacement.
 

@@ -38,7 +38,7 @@ class StepDetails:
     realised: Tensor  # (B, T) undiscounted return-to-go
     returns: Tensor | None  # (B, T, K)
     values: Tensor | None  # (B, T)
-    uncertainty: Tensor | None  # (B, T)
+    uncertainty: Tensor | None  # (B, T); also None at steps that are not saved
 
 
 class Trainer:
@@ -289,9 +289,14 @@ class Trainer:
     @torch.no_grad()
     def details(self, batch, texts, token_rewards, returns, values, advantage, hidden) -> StepDetails:
         """What the tables and figures of this step need."""
-        uncertainty = None if hidden is None else self.critic.module.head.uncertainty(hidden)
+        shown = hidden is not None and self.is_saved(self.steps_done)
+        uncertainty = self.critic.module.head.uncertainty(hidden) if shown else None
         realised = returns_to_go(token_rewards)
         return StepDetails(self.steps_done, batch, texts, advantage, realised, returns, values, uncertainty)
+
+    def is_saved(self, step: int) -> bool:
+        """Whether the state after `step` steps is saved, and its details logged."""
+        return step % self.settings.save_every == 0 or step == self.settings.steps
 
     def sample_rows(self, details: StepDetails) -> list[dict[str, Any]]:
         """One response a prompt, as rows of a table."""
@@ -448,7 +453,7 @@ def loop(trainer: Trainer, uri: str, identity: dict[str, Any], step_run) -> None
             step_run.log_metrics(metrics, trainer.steps_done)
             bar.set_postfix(reward=f"{metrics['reward/noisy']:.2f}", clean=f"{metrics['reward/clean']:.2f}", refresh=False)
             bar.update()
-            if trainer.steps_done % settings.save_every == 0 or trainer.steps_done == settings.steps:
+            if trainer.is_saved(trainer.steps_done):
                 checkpoint.save(uri, trainer.steps_done, trainer.state(identity))
                 log_details(trainer, step_run)
     step_run.log_figure("learning_curves.png", figures.learning_curves(trainer.history))

@@ -101,20 +101,20 @@ def make_pipeline(pipeline_config: PipelineConfig):
 
         for task in (closing, checked, prepared, noisy, decided):
             task.set_container_image(image)
-            _set_resources(task, cluster.data_cpu_request, cluster.data_memory_request)
+            set_resources(task, cluster.data_cpu_request, cluster.data_memory_request)
         for task in (warm, trained, judged):
             task.set_container_image(gpu_image).set_accelerator_type(gpu_type).set_accelerator_limit(gpu_count)
             # Unlike images, kfp 2.17 does not hand parameters used as accelerators into the exit handler's group by itself.
             task.register_pipeline_channels([gpu_type, gpu_count])
-            _place_on_gpu_node(task, cluster)
+            place_on_gpu_node(task, cluster)
         for task in (closing, checked, prepared, noisy, warm, trained, judged, decided):
-            _configure_pod(task, cluster)
-        _configure_training(trained, cluster)
+            configure_pod(task, cluster)
+        configure_training(trained, cluster)
 
     return dfpo_pipeline
 
 
-def _configure_pod(task: PipelineTask, cluster: ClusterConfig) -> None:
+def configure_pod(task: PipelineTask, cluster: ClusterConfig) -> None:
     """What every pod gets: no cache, secrets, volume, labels."""
     # A step logs an MLflow run under its own parent: a cached step would leave a gap there, and a cached evaluation could
     # promote the wrong model, since the backend's cache key holds neither the image digest nor the code in it.
@@ -133,7 +133,7 @@ def _configure_pod(task: PipelineTask, cluster: ClusterConfig) -> None:
         kubernetes.add_pod_label(task, key, value)
 
 
-def _set_resources(task: PipelineTask, cpu: str, memory: str, cpu_limit: str = "", memory_limit: str = "") -> None:
+def set_resources(task: PipelineTask, cpu: str, memory: str, cpu_limit: str = "", memory_limit: str = "") -> None:
     """Requests and limits; an empty one is left to the namespace."""
     setters = (task.set_cpu_request, task.set_memory_request, task.set_cpu_limit, task.set_memory_limit)
     for setter, quantity in zip(setters, (cpu, memory, cpu_limit, memory_limit), strict=True):
@@ -141,9 +141,9 @@ def _set_resources(task: PipelineTask, cpu: str, memory: str, cpu_limit: str = "
             setter(quantity)
 
 
-def _place_on_gpu_node(task: PipelineTask, cluster: ClusterConfig) -> None:
+def place_on_gpu_node(task: PipelineTask, cluster: ClusterConfig) -> None:
     """Requests, limits, node labels and tolerations of the steps that hold a model."""
-    _set_resources(task, cluster.cpu_request, cluster.memory_request, cluster.cpu_limit, cluster.memory_limit)
+    set_resources(task, cluster.cpu_request, cluster.memory_request, cluster.cpu_limit, cluster.memory_limit)
     for key, value in cluster.node_selector.items():
         kubernetes.add_node_selector(task, key, value)
     for toleration in cluster.tolerations:
@@ -151,7 +151,7 @@ def _place_on_gpu_node(task: PipelineTask, cluster: ClusterConfig) -> None:
         kubernetes.add_toleration(task, **given)
 
 
-def _configure_training(task: PipelineTask, cluster: ClusterConfig) -> None:
+def configure_training(task: PipelineTask, cluster: ClusterConfig) -> None:
     """Shared memory, time limit and retries; a retried pod resumes from the checkpoint URI."""
     if cluster.shm_size:
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=cluster.shm_size)

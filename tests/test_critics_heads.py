@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfpo_core.critics import registry
-from dfpo_core.critics.flow import FlowConfig, FlowCritic, dispersion, following_valid, last_token, one_step, solve, stratified_noise
+from dfpo_core.critics.flow import FlowConfig, FlowCritic, dispersion, last_token, one_step, solve, stratified_noise
 from dfpo_core.critics.quantile import quantile_huber
 from dfpo_core.critics.scalar import clipped_value_error
 from dfpo_core.types import CriticBatch
@@ -140,13 +140,22 @@ def test_one_solver_step_is_the_jump():
     torch.testing.assert_close(solve(velocity, noise, 1), one_step(velocity, noise))
 
 
-def test_the_last_token_and_the_following_state_skip_padding_on_both_sides():
+def test_the_last_token_skips_padding_on_both_sides():
     mask = torch.tensor([[0.0, 1, 1, 0], [1, 1, 1, 1]])
     assert last_token(mask).tolist() == [[0, 0, 1, 0], [0, 0, 0, 1]]
-    following = following_valid(torch.arange(8.0).reshape(2, 4, 1), mask)[..., 0]
-    assert following[0, 1] == 2 and following[1, :3].tolist() == [5, 6, 7]
-    hole = following_valid(torch.arange(4.0).reshape(1, 4, 1), torch.tensor([[1.0, 0, 1, 1]]))[0, :, 0]
-    assert hole[0] == 2 and hole[2] == 3
+
+
+def test_a_masked_token_inside_a_response_is_skipped_as_if_it_were_not_there():
+    critic = build("flow", **ALL_TERMS)
+    short = random_batch(critic, 3, batch=1, length=4)
+    hole = torch.tensor([0, 1, 9, 2, 3])  # the token after the second is somebody else's
+    wide = {
+        name: torch.stack([getattr(short, name)[:, i] if i < 9 else torch.full_like(getattr(short, name)[:, 0], 1e3) for i in hole], 1)
+        for name in ("hidden", "target_hidden", "token_rewards", "old_returns")
+    }
+    mask = torch.tensor([[1.0, 1, 0, 1, 1]])
+    wide = CriticBatch(mask=mask, token_count=4.0, generator=torch.Generator().manual_seed(7), **wide)
+    assert critic.loss(wide).loss.item() == pytest.approx(critic.loss(short).loss.item(), rel=1e-5)
 
 
 def test_the_target_head_follows_at_its_decay():

@@ -1,9 +1,9 @@
-"""REINFORCE++ (arXiv 2501.03262): the discounted reward to go, whitened over all tokens of the batch; optionally minus the group mean."""
+"""REINFORCE++ (arXiv 2501.03262): the discounted reward to go, whitened over all tokens of the batch, optionally minus a baseline."""
 
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dfpo_core.advantages import registry
 from dfpo_core.advantages.gae import gae
@@ -18,6 +18,13 @@ class ReinforcePPConfig(Section):
 
     discount: float = Field(1.0, gt=0, le=1, description="gamma of the reward to go")
     group_baseline: bool = Field(False, description="subtract the mean reward of the prompt's group first (REINFORCE++-baseline)")
+    critic_baseline: bool = Field(False, description="subtract the critic's value of each token first")
+
+    @model_validator(mode="after")
+    def _one_baseline(self):
+        if self.group_baseline and self.critic_baseline:
+            raise ValueError("group_baseline and critic_baseline exclude each other")
+        return self
 
 
 @registry.register("reinforce_pp")
@@ -35,4 +42,6 @@ class ReinforcePP:
         if self.config.group_baseline:
             centred = group_centred(inputs.rewards, inputs.samples_per_prompt).reshape(-1)
             to_go = to_go - (inputs.rewards - centred)[:, None]
+        if self.config.critic_baseline:
+            to_go = to_go - inputs.values
         return AdvantageOutput(whiten(to_go, inputs.mask))

@@ -93,26 +93,32 @@ def _check_pair(algorithm: Algorithm, train: TrainConfig) -> None:
     if algorithm.advantage_name is None:
         raise UserError("train.advantage.name", "only the critic can be left out", "name an entry")
     _check_policy_loss(algorithm, train)
-    needs_critic = algorithm.advantage_name == "gae"
+    options = algorithm.advantage_config
+    baseline = getattr(options, "critic_baseline", False) or getattr(options, "baseline", "") == "critic"
+    needs_critic = algorithm.advantage_name == "gae" or baseline
     if needs_critic and algorithm.critic_name is None:
-        raise UserError("train.critic.name", "the gae advantage needs a critic", "name a critic, or use the group advantage")
+        reader = "a critic baseline" if baseline else f"the {algorithm.advantage_name} advantage"
+        raise UserError("train.critic.name", f"{reader} needs a critic", "name a critic, or use the group advantage")
     if not needs_critic and algorithm.critic_name is not None:
         raise UserError(
             "train.critic.name",
             f"the {algorithm.advantage_name} advantage does not read a critic, so training one would change nothing",
-            "use the gae advantage, or leave the critic out",
+            "use the gae advantage or a critic baseline, or leave the critic out",
         )
-    grouped = algorithm.advantage_name == "group" or getattr(algorithm.advantage_config, "group_baseline", False)
+    if algorithm.policy_loss_name == "flowrl" and needs_critic:
+        raise UserError("train.critic.name", "flowrl's log Z is its baseline", "leave the critic out, or use another policy loss")
+    grouped = algorithm.advantage_name == "group" or getattr(options, "group_baseline", False)
     if grouped and train.samples_per_prompt < 2:
         raise UserError("train.samples_per_prompt", "a group of one response has no advantage", "set it to 2 or more")
     if algorithm.advantage_name == "group" and train.kl_coefficient and train.kl_in == "reward":
         raise UserError("train.kl_in", "the group advantage reads sequence rewards only and would ignore the KL", "set kl_in to loss")
-    spectrum = getattr(algorithm.advantage_config, "spectrum", "uniform")
+    spectrum = getattr(options, "spectrum", "uniform")
     mean_only = algorithm.critic_name == "scalar" or getattr(algorithm.critic_config, "member", "") == "scalar"
     if mean_only and spectrum != "uniform":
         problem = f"{spectrum} needs a distribution, {algorithm.critic_name} has only a mean"
         raise UserError("train.advantage.spectrum", problem, "use the flow critic")
-    if needs_critic and algorithm.critic_config.discount != algorithm.advantage_config.discount:
+    discount = getattr(options, "discount", 1.0)  # the group advantage does not discount
+    if needs_critic and algorithm.critic_config.discount != discount:
         raise UserError("train.advantage.discount", "differs from train.critic.discount", "use one discount in both")
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dfpo_core.config import Section
 from dfpo_core.critics import flow_losses, registry
 from dfpo_core.critics.bootstrap import lambda_returns, sampled_horizons, sampled_lambda_returns
-from dfpo_core.types import CriticBatch, LossOutput, masked_mean
+from dfpo_core.types import CriticBatch, LossOutput
 
 START_SHARE = 0.25  # of the flow times drawn
 FLOW_FEATURES = 4  # cosines each of flow time and step size; sines and cosines of the position
@@ -36,6 +36,7 @@ class FlowConfig(Section):
     discount: float = Field(1.0, gt=0, le=1, description="gamma")
     lam: float = Field(0.95, ge=0, le=1, description="lambda_c of the bootstrapped targets")
     lambda_mixing: Literal["sampled", "average"] = Field("sampled", description="how return samples are mixed over bootstrap times")
+    solver_steps: int = Field(1, ge=1, description="Euler steps of every return sample: 1 is the one-step map that the critic is for")
     value_step_size: Literal[0, 1] = Field(0, description="d of the mean used as value: 0 the field, 1 the one-step samples")
     target_decay: float = Field(0.5, ge=0, lt=1, description="EMA decay of the target head, an optimizer step")
     anchor_weight: float = Field(1.0, ge=0, description="loss 1: bootstrapped anchor")
@@ -88,11 +89,11 @@ class FlowHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def context(self, hidden: Tensor) -> Tensor:
-        """Once per token: (B, T, H) -> (B, T, 1, width). RMS-normalised, so that any backbone's scale will do."""
+        """Once per token: (.., H) -> (.., 1, width). RMS-normalised, so that any backbone's scale will do."""
         return self.project(F.rms_norm(hidden, hidden.shape[-1:]))[..., None, :]
 
     def forward(self, context: Tensor, position: Tensor, flow_time: Tensor, step_size: Tensor) -> Tensor:
-        """context (B, T, 1, width), position (B, T, S), flow_time (S,), step_size (S,) -> velocity (B, T, S)."""
+        """context (.., 1, width), position (.., S), flow_time (S,), step_size (S,) -> velocity (.., S)."""
         frequency = torch.arange(1, FLOW_FEATURES + 1, device=position.device)
         angle = position[..., None] * frequency
         features = torch.cat([position[..., None], angle.sin(), angle.cos()], -1)
@@ -130,10 +131,11 @@ class FlowCritic(nn.Module):
     # -- reading the distribution ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample_returns(self, hidden: Tensor, steps: int = 1) -> Tensor:
-        """Sorted return samples at the K stratified noise levels by `steps` Euler steps of d = 1 / steps: (B, T, K)."""
+    def sample_returns(self, hidden: Tensor, steps: int = 0) -> Tensor:
+        """Sorted return samples at the K stratified noise levels by `steps` (0: solver_steps) Euler steps of d = 1 / steps: (B, T, K)."""
         with full_precision(hidden):
-            samples = solve(self._velocity(self.head, hidden), self.noise.expand(*hidden.shape[:-1], -1), steps)
+            noise = self.noise.expand(*hidden.shape[:-1], -1)
+            samples = solve(self._velocity(self.head, hidden), noise, steps or self.config.solver_steps)
             return (self.shift + self.scale * samples).sort(-1).values
 
     @torch.no_grad()
@@ -154,8 +156,7 @@ class FlowCritic(nn.Module):
             return self.scale * dispersion(self._velocity(self.head, hidden), self.noise.expand(*hidden.shape[:-1], -1))
 
     def _velocity(self, head: FlowHead, hidden: Tensor) -> flow_losses.Velocity:
-        context = head.context(hidden.float())
-        return lambda position, flow_time, step_size: head(context, position, flow_time, step_size)
+        return bound(head, head.context(hidden.float()))
 
     # -- learning it -------------------------------------------------------------------------------------------------------
 
@@ -163,24 +164,30 @@ class FlowCritic(nn.Module):
         """Weighted sum of the enabled losses over valid tokens / token_count, in units of (half the return range)^2.
 
         The random (noise, flow time, step size, horizon) levels are drawn once a call and shared by all tokens (stratified), so with
-        generators in the same state the losses of micro-batches add up to the batch's, whatever the padding and order.
+        generators in the same state the losses of micro-batches add up to the batch's, whatever the padding and order. Only the N
+        valid tokens are computed, packed row by row: each token's successor is the next one, up to its row's last.
         """
-        config = self.config
+        config, valid = self.config, batch.mask > 0
         with full_precision(batch.hidden):
             levels = draw_levels(config.loss_levels, batch.generator, batch.hidden.device)
-            velocity = self._velocity(self.head, batch.hidden)
+            velocity = self._velocity(self.head, batch.hidden[valid])
             with torch.no_grad():
-                target_velocity = self._velocity(self.target_head, batch.target_hidden)
+                context = self.target_head.context(batch.target_hidden[valid].float())
+                target_velocity, following = bound(self.target_head, context), bound(self.target_head, context.roll(-1, 0))
                 rewards = self._scaled_rewards(batch.token_rewards, batch.mask)
-                bootstrap = one_step(target_velocity, levels.noise.expand(*batch.mask.shape, -1))
-                target = self._targets(rewards, bootstrap, batch.mask, levels)
-            terms = self._flow_terms(batch, velocity, target_velocity, rewards, target, levels)
+                bootstrap = torch.zeros(*batch.mask.shape, config.loss_levels, device=context.device)
+                bootstrap[valid] = solve(target_velocity, levels.noise.expand(len(context), -1), config.solver_steps)
+                target = self._targets(rewards, bootstrap, batch.mask, levels)[valid]
+            terms = self._flow_terms(velocity, target_velocity, target, levels)
+            if config.bellman_weight:
+                going = 1 - last_token(batch.mask)[valid]
+                terms["bellman"] = config.bellman_weight, self._bellman(velocity, target_velocity, following, rewards[valid], going, levels)
             terms |= self._tail_terms(velocity, target_velocity, target)
-            losses = {name: masked_mean(term, batch.mask, batch.token_count) for name, (_, term) in terms.items()}
+            losses = {name: term.sum() / batch.token_count for name, (_, term) in terms.items()}
             loss = sum(weight * losses[name] for name, (weight, _) in terms.items())
         metrics = {f"critic/{name}_loss": value.item() for name, value in losses.items()}
-        outside = ((target < -1.1) | (target > 1.1)).float().mean(-1)
-        metrics |= {"critic/loss": loss.item(), "critic/outside_range": masked_mean(outside, batch.mask, batch.token_count).item()}
+        outside = ((target < -1.1) | (target > 1.1)).float().mean(-1).sum() / batch.token_count
+        metrics |= {"critic/loss": loss.item(), "critic/outside_range": outside.item()}
         return LossOutput(loss, metrics)
 
     def _scaled_rewards(self, token_rewards: Tensor, mask: Tensor) -> Tensor:
@@ -194,13 +201,11 @@ class FlowCritic(nn.Module):
         horizons = sampled_horizons(levels.horizon, self.config.lam)
         return sampled_lambda_returns(rewards, bootstrap, mask, self.config.discount, horizons)
 
-    def _flow_terms(self, batch, velocity, target_velocity, rewards, target, levels) -> dict[str, tuple[float, Tensor]]:
-        """Losses 1 to 3: name -> (weight, per-token loss (B, T))."""
+    def _flow_terms(self, velocity, target_velocity, target, levels) -> dict[str, tuple[float, Tensor]]:
+        """Losses 1 and 3: name -> (weight, per-token loss (N,))."""
         config, terms = self.config, {}
         if config.anchor_weight:
             terms["anchor"] = config.anchor_weight, flow_losses.anchor(velocity, levels.noise, levels.flow_time, target)
-        if config.bellman_weight:
-            terms["bellman"] = config.bellman_weight, self._bellman(batch, velocity, target_velocity, rewards, levels)
         if config.consistency_weight:
             step_size, flow_time, smallest = consistency_grid(levels, config.consistency_halvings)
             position = (1 - flow_time) * levels.noise + flow_time * target
@@ -213,27 +218,21 @@ class FlowCritic(nn.Module):
             terms["straight"] = config.straight_weight, flow_losses.straightness(velocity, levels.noise, levels.flow_time, target)
         return terms
 
-    def _bellman(self, batch, velocity, target_velocity, rewards, levels) -> Tensor:
-        """Loss 2; zero on the last token of each row, which has nothing to bootstrap from."""
+    def _bellman(self, velocity, target_velocity, following, rewards, going, levels) -> Tensor:
+        """Loss 2, (N,); zero where `going` is 0, on the last token of each row, which has nothing to bootstrap from."""
         config = self.config
         with torch.no_grad():
-            position = levels.noise.expand(*batch.mask.shape, -1)
-            sigma = dispersion(target_velocity, position)
-            weight = {
-                "none": torch.ones_like,
-                "confidence": lambda x: flow_losses.confidence_weight(x, config.weighting_scale),
-                "robust": lambda x: flow_losses.robust_weight(x, config.weighting_scale),
-            }[config.weighting](sigma)
-            following_hidden = following_valid(batch.target_hidden, batch.mask)
-            following = self._velocity(self.target_head, following_hidden)
+            if config.weighting != "none":
+                sigma = dispersion(target_velocity, levels.noise.expand(len(rewards), -1))
+                weigh = flow_losses.confidence_weight if config.weighting == "confidence" else flow_losses.robust_weight
+                going = going * weigh(sigma, config.weighting_scale)
             image, image_velocity = flow_losses.bellman_path(
                 following, levels.noise, levels.flow_time, rewards, config.discount, config.bellman_steps
             )
-            weight = weight * (1 - last_token(batch.mask))
-        return flow_losses.distributional_flow_matching(velocity, image, levels.flow_time, image_velocity, weight)
+        return flow_losses.distributional_flow_matching(velocity, image, levels.flow_time, image_velocity, going)
 
     def _tail_terms(self, velocity, target_velocity, target) -> dict[str, tuple[float, Tensor]]:
-        """Losses 4 and 5 on the K one-step samples: name -> (weight, per-token loss (B, T))."""
+        """Losses 4 and 5 on the K one-step samples: name -> (weight, per-token loss (N,))."""
         config, terms = self.config, {}
         risk = config.risk_lower_weight, config.risk_upper_weight
         if not any((*risk, config.lower_shape_weight, config.upper_shape_weight, config.curvature_weight)):
@@ -261,6 +260,11 @@ class FlowCritic(nn.Module):
         """Move the target head towards the head: target <- decay target + (1 - decay) head."""
         for target, online in zip(self.target_head.parameters(), self.head.parameters(), strict=True):
             target.lerp_(online, 1 - self.config.target_decay)
+
+
+def bound(head: FlowHead, context: Tensor) -> flow_losses.Velocity:
+    """The head as a velocity field of the tokens that `context` (.., 1, width) describes."""
+    return lambda position, flow_time, step_size: head(context, position, flow_time, step_size)
 
 
 class Levels:
@@ -291,13 +295,13 @@ def consistency_grid(levels: Levels, halvings: int) -> tuple[Tensor, Tensor, flo
 
 
 def one_step(velocity: flow_losses.Velocity, noise: Tensor) -> Tensor:
-    """Z = eps + v(eps, 0, 1): noise (B, T, S) -> (B, T, S)."""
+    """Z = eps + v(eps, 0, 1): noise (.., S) -> (.., S)."""
     still = torch.zeros(noise.shape[-1], device=noise.device)
     return noise + velocity(noise, still, still + 1)
 
 
 def solve(velocity: flow_losses.Velocity, noise: Tensor, steps: int) -> Tensor:
-    """Euler solution at tau = 1 in `steps` steps of d = 1 / steps: noise (B, T, S) -> (B, T, S)."""
+    """Euler solution at tau = 1 in `steps` steps of d = 1 / steps: noise (.., S) -> (.., S)."""
     position, flow_time = noise, torch.zeros(noise.shape[-1], device=noise.device)
     for i in range(steps):
         position = position + velocity(position, flow_time + i / steps, torch.full_like(flow_time, 1 / steps)) / steps
@@ -305,7 +309,7 @@ def solve(velocity: flow_losses.Velocity, noise: Tensor, steps: int) -> Tensor:
 
 
 def dispersion(velocity: flow_losses.Velocity, noise: Tensor) -> Tensor:
-    """Mean over S of |dZ/deps| of the one-step map: noise (B, T, S) -> (B, T)."""
+    """Mean over S of |dZ/deps| of the one-step map: noise (.., S) -> (..)."""
     _, derivative = torch.func.jvp(lambda eps: one_step(velocity, eps), (noise.contiguous(),), (torch.ones_like(noise),))
     return derivative.abs().mean(-1)
 
@@ -314,16 +318,6 @@ def last_token(mask: Tensor) -> Tensor:
     """1.0 on the last valid token of each row: (B, T) -> (B, T). That token is done, whatever it is."""
     valid = (mask > 0).float()
     return valid * (valid.flip(1).cumsum(1).flip(1) == 1)
-
-
-def following_valid(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The hidden state (B, T, H) of the next valid token at each position; any value where there is none."""
-    if bool((mask[:, :-1] >= mask[:, 1:]).all()):  # right padding
-        return torch.cat([hidden[:, 1:], hidden[:, -1:]], 1)
-    position = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-    following = torch.where(mask > 0, position, mask.shape[1] - 1).flip(1).cummin(1).values.flip(1)
-    following = torch.cat([following[:, 1:], following[:, -1:]], 1)
-    return hidden.gather(1, following[..., None].expand_as(hidden))
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:

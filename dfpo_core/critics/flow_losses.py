@@ -1,6 +1,7 @@
 """The losses of the value flow (DFPO, arXiv 2602.05890), each a pure function of tensors.
 
-Per-token results (B, T) are returned unreduced; `FlowCritic.loss` masks them and divides by the global token count.
+Per-token results are returned unreduced; `FlowCritic.loss` sums them and divides by the global token count. Leading dimensions are
+free: (B, T, S) below may as well be (N, S), the valid tokens packed.
 Symbols: noise eps, flow_time tau, step_size d, velocity v(z, tau, d | h). A `velocity` argument is a function of
 (position (.., S), flow_time (S,), step_size (S,)) bound to the hidden states of the right tokens.
 """

@@ -110,6 +110,13 @@ def read_sources(data: DataConfig, seed: int) -> dict[str, list[SourceRows]]:
     }
 
 
+def prepared_tables(data: DataConfig, seed: int) -> dict[str, pa.Table]:
+    """The three splits in memory, without a report: what `run` writes, but for prompts too long for a model. Raises UserError."""
+    read = read_sources(data, seed)
+    check_rejects(read, data.max_reject_fraction)
+    return {name: table.select(SCHEMA.names) for name, table in split(take(read, data, seed), data, seed).tables.items()}
+
+
 def check_rejects(read: dict[str, list[SourceRows]], allowed: float) -> None:
     """Raises one UserError when any source has a larger share of bad rows than `allowed`; it names the first bad row."""
     failed = [s for sources in read.values() for s in sources if s.rejects and len(s.rejects) > allowed * s.rows_read]

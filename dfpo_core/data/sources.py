@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from dfpo_core import domains
 from dfpo_core.config import ROW_REWARDS, SourceConfig
+from dfpo_core.data import chains
 from dfpo_core.errors import UserError
 from dfpo_core.rewards import canonical_number, normalise_text
 
@@ -40,7 +41,7 @@ SCHEMA = pa.schema(
 GYM_SEED_SPACING = 10**7  # item i of a family uses seed + i: seeds closer than a source's size would share items
 _HUB_OPTIONS = {"split": "train", "config": None, "revision": None}
 _NAMED_OPTIONS = ("split", "path", "subjects", "by_subject", "revision")
-_GYM_LICENCE = "Apache-2.0 (reasoning-gym)"
+_GYM_LICENCE, _CHAINS_LICENCE = "Apache-2.0 (reasoning-gym)", "Apache-2.0 (generated)"
 _Record = tuple[int, Any]  # line or row number from 1, and a dict (or a Rejected that says why there is none)
 
 
@@ -128,6 +129,8 @@ def check_source(source: SourceConfig, field: str) -> None:
         _split_of(domains.data_set(source.name, f"{field}.name"), source, field)
     elif source.kind == "reasoning_gym":
         _gym_dataset(source, 0, field)
+    elif source.kind == "chains":
+        chains.check(source.name, source.options, field)
     elif source.kind == "hub":
         _hub_options(source, field)
 
@@ -222,7 +225,13 @@ def _read_gym(source: SourceConfig, seed: int, field: str) -> _Read:
     return _digested(rows, f"gym:{source.name}", _GYM_LICENCE)
 
 
-_READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "hub": _read_hub, "reasoning_gym": _read_gym}
+def _read_chains(source: SourceConfig, seed: int, field: str) -> _Read:
+    options = chains.check(source.name, source.options, field)
+    rows = chains.rows(source.name, source.size, _gym_seed(source, seed, field), **options)
+    return _digested(rows, f"chains:{source.name}", _CHAINS_LICENCE)
+
+
+_READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "hub": _read_hub, "reasoning_gym": _read_gym, "chains": _read_chains}
 
 
 def _at(name: str, revision: str | None) -> str:

@@ -1,0 +1,557 @@
+"""Which algorithm learns most under which noise: a matrix of training runs from one warm start, and the statistics of it.
+
+A *cell* is one run: an algorithm in a setting (what is wrong with the supervision) at a seed. Cells of one seed share data, noise and
+sampling seeds, so their differences are paired by seed. Each finished cell is one JSON file, written atomically: a study that was
+killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from dfpo_core.config import PipelineConfig, Section, parse_config
+from dfpo_core.errors import TrainingDiverged, UserError
+from dfpo_core.statistics import Interval, bootstrap_mean, student_interval
+
+RECORD = "record.json"  # artifact of a cell's MLflow run
+KEY = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+
+
+class ComparisonConfig(Section):
+    """A study: the configuration that all cells share, and what differs between them. Overrides are nested as in the configuration."""
+
+    name: str = Field("comparison", pattern=KEY.pattern, description="name of the MLflow parent run")
+    seeds: list[int] = Field(min_length=1, description="seeds of data, noise and training; a cell of each")
+    base: dict[str, Any] = Field(description="the pipeline configuration that every cell starts from")
+    warm_start: dict[str, Any] = Field({}, description="overrides of base for the one supervised warm start; its noise is none")
+    settings: dict[str, dict[str, Any]] = Field(min_length=1, description="name -> overrides: what is wrong with the supervision")
+    algorithms: dict[str, dict[str, Any]] = Field(min_length=1, description="name -> overrides; train.algorithm defaults to the name")
+    only: dict[str, list[str]] = Field({}, description="setting -> the algorithms to run in it; default all")
+    grid: dict[str, dict[str, Any]] = Field({}, description="name -> overrides: every algorithm is also run with each (tuning)")
+    reference: str = Field("dfpo", description="the algorithm that the others are compared with")
+    clean: str = Field("clean", description="the setting left out of the average over noisy settings")
+    curve_every: int = Field(25, ge=1, description="training steps between accuracies of the learning curve")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the matrix; `point` names the entry of the tuning grid, empty without one."""
+
+    setting: str
+    algorithm: str
+    seed: int
+    point: str = ""
+
+    @property
+    def key(self) -> str:
+        return ".".join(filter(None, (self.setting, self.algorithm, self.point, str(self.seed))))
+
+
+def find_cell(study: ComparisonConfig, key: str) -> Cell:
+    """The cell of a key. Raises UserError for a key that the study does not have."""
+    for cell in cells(study):
+        if cell.key == key:
+            return cell
+    raise UserError("cell", f"{key!r} is no cell of {study.name}", f"choose e.g. {cells(study)[0].key}")
+
+
+def load(path: str | Path) -> ComparisonConfig:
+    """Read and check a study, every cell's configuration included. Raises UserError naming the cell and field that is wrong."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError("config", f"cannot read {path} ({str(error).splitlines()[0]})", "give a readable YAML file") from None
+    if not isinstance(values, dict):
+        raise UserError("config", f"{path} is not a mapping", "start from pipelines/configs/robustness.yaml")
+    return parse(values)
+
+
+def parse(values: dict[str, Any]) -> ComparisonConfig:
+    """Validate a nested dict; as `load`."""
+    try:
+        study = ComparisonConfig.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(map(str, problem["loc"])) or "config"
+        raise UserError(field, problem["msg"].removeprefix("Value error, "), "correct it in the study's file") from None
+    for kind in ("settings", "algorithms", "grid"):
+        for name in getattr(study, kind):
+            if not KEY.fullmatch(name):
+                raise UserError(f"{kind}.{name}", "a name becomes part of a file name", "use a-z, 0-9, _, - and .")
+    for setting, names in study.only.items():
+        for name in (setting, *names):
+            if name not in (study.settings if name is setting else study.algorithms):
+                raise UserError(f"only.{setting}", f"{name!r} is not defined", "name an entry of settings and of algorithms")
+    if study.reference not in study.algorithms:
+        raise UserError("reference", f"{study.reference!r} is no entry of algorithms", "name one of them")
+    parse_config(_merged(study.base, study.warm_start), "warm_start")
+    from dfpo_core import algorithms
+
+    for cell in cells(study):
+        try:
+            algorithms.resolve(cell_config(study, cell, "").train)
+        except UserError as error:
+            raise UserError(f"{cell.key}: {error.field}", error.problem, error.fix) from None
+    return study
+
+
+def cells(study: ComparisonConfig) -> list[Cell]:
+    """Every cell, seed by seed, so that a study that is cut short has whole seeds."""
+    return [
+        Cell(setting, algorithm, seed, point)
+        for seed in study.seeds
+        for setting in study.settings
+        for point in study.grid or [""]
+        for algorithm in study.only.get(setting, study.algorithms)
+    ]
+
+
+def cell_config(study: ComparisonConfig, cell: Cell, warm_start: str) -> PipelineConfig:
+    """The configuration of one cell that starts from the checkpoint directory `warm_start`."""
+    fixed = {"name": cell.key, "seed": cell.seed, "sft": {"steps": 0}, **({"model": warm_start} if warm_start else {})}
+    named = {"train": {"algorithm": cell.algorithm}}
+    grid = study.grid.get(cell.point, {})
+    return parse_config(_merged(named, study.base, study.settings[cell.setting], study.algorithms[cell.algorithm], grid, fixed), cell.key)
+
+
+def _merged(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts laid over each other, the last wins; lists are replaced."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            both = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------- running the cells
+
+
+def warm_start(study: ComparisonConfig) -> str:
+    """Directory of the checkpoint that all cells start from; trained on first use, kept under home by its configuration's hash."""
+    config = _warm_config(study)
+    parts = config.model_dump(mode="json", include={"seed", "model", "threads", "precision", "data", "prompt", "sft"})
+    name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    folder = config.home_path / "warm_starts" / name
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _train_warm_start(config, folder)
+    return str(folder)
+
+
+def _warm_config(study: ComparisonConfig) -> PipelineConfig:
+    return parse_config(_merged(study.base, study.warm_start), "warm_start")
+
+
+def _train_warm_start(config: PipelineConfig, folder: str | Path) -> None:
+    from dfpo_core import models, sft
+    from dfpo_core.config import NoiseConfig
+    from dfpo_core.data import prepare
+    from dfpo_core.noise import add_label_noise
+
+    tables = prepare.prepared_tables(config.data, config.seed)
+    rows = add_label_noise(tables["train"], NoiseConfig(), config.seed).to_pylist()
+    _limit_threads(config)
+    model, tokenizer = models.load_policy(config.model, config.home_path)
+    sft.train(model, tokenizer, rows, config, _Silent())
+    models.save_policy(model, tokenizer, folder)
+
+
+class _Silent:
+    """Stands for an MLflow run where nothing is to be logged."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        pass
+
+
+def run_cell(study: ComparisonConfig, cell: Cell, checkpoint: str) -> dict[str, Any]:
+    """Train one cell from the directory `checkpoint` and return its record. A run that diverges is a result, not an error."""
+    import resource
+
+    from dfpo_core.data import prepare
+    from dfpo_core.noise import add_label_noise, measure
+    from dfpo_core.train import Trainer
+
+    config = cell_config(study, cell, checkpoint)
+    _limit_threads(config)
+    wall, cpu = time.perf_counter(), time.process_time()
+    tables = prepare.prepared_tables(config.data, config.seed)
+    noisy = add_label_noise(tables["train"], config.noise, config.seed)
+    questions = [row | {"split": split} for split in ("id_test", "ood_test") for row in tables[split].to_pylist()]
+    trainer = Trainer(config, checkpoint, noisy.to_pylist())
+    curve, diverged = [{"step": 0, **_accuracies(trainer, questions)}], ""
+    while trainer.algorithm.policy_loss_name and trainer.steps_done < config.train.steps:
+        try:
+            trainer.history.append(trainer.step())
+        except TrainingDiverged as error:
+            diverged = str(error)
+            break
+        if trainer.steps_done % study.curve_every == 0 or trainer.steps_done == config.train.steps:
+            recent = trainer.history[-study.curve_every :]
+            means = {k: float(np.mean([m[k] for m in recent if k in m])) for k in recent[-1] if k.startswith(LOGGED)}
+            curve.append({"step": trainer.steps_done, **_accuracies(trainer, questions), "metrics": means})
+    return {
+        "setting": cell.setting,
+        "algorithm": cell.algorithm,
+        "point": cell.point,
+        "seed": cell.seed,
+        "steps": trainer.steps_done,
+        "questions": {domain: sum(row["domain"] == domain for row in questions) for domain in curve[0]["domains"]},
+        "noise_rate": measure(noisy, config.noise)["noise/rate_measured"],
+        "curve": curve,
+        "diverged": diverged,
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "config_sha256": cell_sha256(study, cell),
+    }
+
+
+LOGGED = ("reward/", "critic/explained_variance", "critic/flip_rate", "policy/kl_to_sft", "policy/entropy", "rollout/response_length")
+
+
+def cell_sha256(study: ComparisonConfig, cell: Cell) -> str:
+    """Hash of what a cell's result depends on: its own configuration and that of the warm start, places and names left out."""
+    places = {"home", "name", "tracking", "cluster", "promote"}
+    own = cell_config(study, cell, "").model_dump(mode="json", exclude=places)
+    warm = parse_config(_merged(study.base, study.warm_start)).model_dump(mode="json", exclude=places | {"train", "noise", "evaluate"})
+    return hashlib.sha256(json.dumps([own, warm, study.curve_every], sort_keys=True).encode()).hexdigest()
+
+
+def _limit_threads(config: PipelineConfig) -> None:
+    import torch
+
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+
+
+def _accuracies(trainer, questions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Greedy accuracy: by domain, and of each split as the mean over its domains."""
+    from dfpo_core import rewards, rollout
+    from dfpo_core.data import prompts
+
+    config = trainer.config
+    encoded = prompts.encode(trainer.tokenizer, questions, config.prompt)
+    with trainer.policy.gathered() as policy:
+        texts = rollout.respond(
+            policy,
+            trainer.tokenizer,
+            encoded,
+            max_new_tokens=config.train.max_new_tokens,
+            batch_size=config.evaluate.batch_size,
+            precision=config.precision,
+        )
+    scores = rewards.score(questions, [text[0] for text in texts])
+    domains: dict[str, list[float]] = {}
+    splits: dict[str, list[str]] = {"id_test": [], "ood_test": []}
+    for row, score in zip(questions, scores, strict=True):
+        domains.setdefault(row["domain"], []).append(score)
+        if row["domain"] not in splits[row["split"]]:
+            splits[row["split"]].append(row["domain"])
+    means = {domain: float(np.mean(values)) for domain, values in domains.items()}
+    average = {split: float(np.mean([means[name] for name in names])) for split, names in splits.items() if names}
+    return {"domains": means, **average}
+
+
+def open_parent(study: ComparisonConfig) -> str:
+    """The MLflow parent run of the study, under which every cell is a child; found again when a study goes on."""
+    from dfpo_core import tracking
+
+    digest = hashlib.sha256(study.model_dump_json().encode()).hexdigest()[:12]
+    config = parse_config(_merged(study.base, {"name": study.name}))
+    return tracking.create_parent(config, f"{study.name}-{digest}")
+
+
+def run(
+    study: ComparisonConfig,
+    folder: str | Path,
+    width: int = 1,
+    parent_run_id: str = "",
+    progress: Callable[[dict], object] | None = None,
+) -> list[dict]:
+    """Run every cell that `folder`/cells lacks, `width` at a time in processes of their own. Returns the records of all cells.
+
+    With a parent, each cell is an MLflow child run. A cell file made by another configuration is run again. Raises what a cell
+    raises, once the cells under way have ended.
+    """
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    place = Path(folder) / "cells"
+    place.mkdir(parents=True, exist_ok=True)
+    missing = [cell for cell in cells(study) if _read_cell(place, study, cell) is None]
+    if missing:
+        checkpoint = warm_start(study)
+        # A process of its own a cell: its peak memory is the cell's, and nothing leaks into the next one.
+        with ProcessPoolExecutor(width, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            job = study.model_dump(), checkpoint, str(place), parent_run_id
+            futures = [pool.submit(_run_and_write, cell, *job) for cell in missing]
+            try:
+                for future in as_completed(futures):
+                    record = future.result()
+                    if progress:
+                        progress(record)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+    return [_read_cell(place, study, cell) for cell in cells(study)]
+
+
+def finished(study: ComparisonConfig, folder: str | Path) -> list[dict[str, Any]]:
+    """Records of the cells that are done."""
+    found = (_read_cell(Path(folder) / "cells", study, cell) for cell in cells(study))
+    return [record for record in found if record]
+
+
+def _run_and_write(cell: Cell, values: dict[str, Any], checkpoint: str, place: str, parent_run_id: str) -> dict[str, Any]:
+    study = ComparisonConfig.model_validate(values)
+    record = tracked_cell(study, cell, checkpoint, parent_run_id) if parent_run_id else run_cell(study, cell, checkpoint)
+    record.pop("mlflow_run_id", None)
+    path = Path(place) / f"{cell.key}.json"
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return record
+
+
+def start(study: str, output: str) -> str:
+    """The pipeline's first step: the warm start into the directory `output`; returns the id of the study's MLflow run."""
+    from dfpo_core import tracking
+
+    with tracking.exit_codes():
+        parsed = parse(json.loads(study))
+        parent_run_id = open_parent(parsed)
+        _train_warm_start(_warm_config(parsed), output)
+    return parent_run_id
+
+
+def run_tracked(study: str, key: str, parent_run_id: str, checkpoint: str) -> str:
+    """The pipeline's step for one cell: returns the MLflow run with its record, an earlier one where the cell is done already."""
+    from dfpo_core import tracking
+
+    with tracking.exit_codes():
+        parsed = parse(json.loads(study))
+        cell = find_cell(parsed, key)
+        client = tracking.connect(tracking.tracking_uri(parse_config(parsed.base)))
+        query = f"tags.`mlflow.parentRunId` = '{parent_run_id}' and tags.`dfpo.cell_sha256` = '{cell_sha256(parsed, cell)}'"
+        experiment = client.get_run(parent_run_id).info.experiment_id
+        done = client.search_runs([experiment], f"{query} and attributes.status = 'FINISHED'", max_results=1)
+    if done:
+        return done[0].info.run_id
+    return tracked_cell(parsed, cell, checkpoint, parent_run_id)["mlflow_run_id"]
+
+
+def report(study: str, parent_run_id: str, cell_runs: list[str], output: str, html_path: str) -> None:
+    """The pipeline's last step: results, tables, figures and report from the cells' records; closes the study's MLflow run."""
+    from dfpo_core import tracking
+
+    with tracking.exit_codes():
+        parsed = parse(json.loads(study))
+        client = tracking.connect(tracking.tracking_uri(parse_config(parsed.base)))
+        records = []
+        for run_id in cell_runs:
+            with tempfile.TemporaryDirectory() as folder:
+                records.append(json.loads(Path(client.download_artifacts(run_id, RECORD, folder)).read_text(encoding="utf-8")))
+        write(parsed, records, output)
+        shutil.copyfile(Path(output) / "report.html", html_path)
+        close(parsed, parent_run_id, output)
+
+
+def close(study: ComparisonConfig, parent_run_id: str, folder: str | Path) -> None:
+    """Put what `write` wrote onto the study's MLflow run and end it."""
+    from dfpo_core import tracking
+
+    client = tracking.connect(tracking.tracking_uri(parse_config(study.base)))
+    parent = tracking.StepRun(client, parent_run_id)
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file():
+            parent.log_artifact(path, "comparison")
+    client.set_terminated(parent_run_id, "FINISHED")
+
+
+def tracked_cell(study: ComparisonConfig, cell: Cell, checkpoint: str, parent_run_id: str) -> dict[str, Any]:
+    """`run_cell` as an MLflow child run named after the cell, tagged so that the UI can group by setting, algorithm and seed."""
+    from dfpo_core import tracking
+
+    with tracking.step_run(cell_config(study, cell, checkpoint), "cell", parent_run_id) as child:
+        child.client.update_run(child.run_id, name=cell.key)
+        names = {"dfpo.setting": cell.setting, "dfpo.algorithm": cell.algorithm, "dfpo.grid_point": cell.point or "none"}
+        child.set_tags(names | {"dfpo.cell_sha256": cell_sha256(study, cell)})
+        record = run_cell(study, cell, checkpoint)
+        child.client.log_text(child.run_id, json.dumps(record), RECORD)
+        for point in record["curve"]:
+            accuracies = {f"eval/{k}": v for k, v in point["domains"].items()}
+            averages = {f"eval/{split}/all": point[split] for split in ("id_test", "ood_test") if split in point}
+            child.log_metrics(accuracies | averages | point.get("metrics", {}), point["step"])
+        cost = {name: record[name] for name in ("seconds", "cpu_seconds", "peak_memory_bytes")}
+        child.log_metrics({f"train/{name}": value for name, value in cost.items()})
+    return record | {"mlflow_run_id": child.run_id}
+
+
+def _read_cell(place: Path, study: ComparisonConfig, cell: Cell) -> dict[str, Any] | None:
+    path = place / f"{cell.key}.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record if record["config_sha256"] == cell_sha256(study, cell) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------- the statistics
+
+
+def score_of(record: dict[str, Any], measure: str) -> float:
+    """One number of a cell: `id`, `ood` or `average` (of the two) at the end, or `area`, the average's mean over the curve."""
+    if measure == "area":
+        steps = [point["step"] for point in record["curve"]]
+        heights = [_average(point) for point in record["curve"]]
+        return float(np.trapezoid(heights, steps) / (steps[-1] - steps[0])) if len(steps) > 1 else heights[0]
+    end = record["curve"][-1]
+    return {"id": end["id_test"], "ood": end.get("ood_test", end["id_test"]), "average": _average(end)}[measure]
+
+
+def _average(point: dict[str, Any]) -> float:
+    return (point["id_test"] + point.get("ood_test", point["id_test"])) / 2
+
+
+def collapsed(record: dict[str, Any]) -> bool:
+    """Whether a run diverged, or ends below the in-domain accuracy that it started from."""
+    return bool(record["diverged"]) or record["curve"][-1]["id_test"] < record["curve"][0]["id_test"]
+
+
+def summarise(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Means with bootstrap intervals over seeds for every (setting, algorithm), and differences reference - rival paired by seed.
+
+    `noisy` stands for the mean over all settings but the clean one, of seeds that have all of them. Paired intervals are Student's t:
+    a percentile bootstrap of five pairs is too narrow.
+    """
+    by_cell = {(r["setting"], r["algorithm"], r["seed"]): r for r in records}
+    rows, pairs = [], []
+    for algorithm in study.algorithms:
+        for setting in (*study.settings, "noisy"):
+            for measure in ("id", "ood", "average", "area"):
+                values = _by_seed(study, by_cell, setting, algorithm, measure)
+                if not values:
+                    continue
+                interval = bootstrap_mean(np.array(list(values.values())))
+                rows.append({"setting": setting, "algorithm": algorithm, "measure": measure, **_numbers(interval)})
+                other = _by_seed(study, by_cell, setting, study.reference, measure)
+                seeds = sorted(values.keys() & other.keys())
+                if algorithm != study.reference and len(seeds) > 1:
+                    gap = student_interval(np.array([other[s] - values[s] for s in seeds]))
+                    pairs.append({"setting": setting, "rival": algorithm, "measure": measure, **_numbers(gap)})
+    runs: dict[str, list[dict]] = {}
+    for record in by_cell.values():
+        runs.setdefault(record["algorithm"], []).append(record)
+    cost = [
+        {
+            "algorithm": name,
+            "runs": len(of),
+            "collapsed": sum(map(collapsed, of)),
+            "cpu_seconds": float(np.median([r["cpu_seconds"] for r in of])),
+            "peak_memory_bytes": float(np.median([r["peak_memory_bytes"] for r in of])),
+        }
+        for name, of in runs.items()
+    ]
+    return {"means": rows, "paired": pairs, "runs": cost}
+
+
+def _by_seed(study: ComparisonConfig, by_cell: dict, setting: str, algorithm: str, measure: str) -> dict[int, float]:
+    """seed -> score, for the seeds that have it."""
+    names = [setting]
+    if setting == "noisy":
+        names = [s for s in study.settings if s != study.clean and algorithm in study.only.get(s, study.algorithms)]
+        names = [s for s in names if study.reference in study.only.get(s, study.algorithms) and s not in study.only]
+    result = {}
+    for seed in study.seeds:
+        found = [by_cell.get((name, algorithm, seed)) for name in names]
+        if found and all(found):
+            result[seed] = float(np.mean([score_of(record, measure) for record in found]))
+    return result
+
+
+def _numbers(interval: Interval) -> dict[str, float]:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "seeds": interval.count}
+
+
+def best_points(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Tuning: algorithm -> its grid point with the highest mean `average` over settings and seeds, and every point's score."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        scores.setdefault(record["algorithm"], {}).setdefault(record["point"], []).append(score_of(record, "average"))
+    result = {}
+    for algorithm, of in scores.items():
+        means = {point: float(np.mean(values)) for point, values in of.items()}
+        result[algorithm] = {"best": max(means, key=means.__getitem__), "scores": means, "runs": {p: len(v) for p, v in of.items()}}
+    return result
+
+
+def markdown(study: ComparisonConfig, summary: dict[str, Any]) -> str:
+    """Tables: accuracy by setting, paired differences over the noisy settings and by setting, runs and cost."""
+    means = {(r["setting"], r["algorithm"], r["measure"]): r for r in summary["means"]}
+    settings = [s for s in (*study.settings, "noisy") if any(key[0] == s for key in means)]
+    lines = ["Accuracy at the end in points, mean over seeds: in domain / out of domain.", "", f"| | {' | '.join(settings)} |"]
+    lines.append("|---|" + "---|" * len(settings))
+    for algorithm in study.algorithms:
+        found = [tuple(means.get((s, algorithm, m)) for m in ("id", "ood")) for s in settings]
+        lines.append(f"| {algorithm} | " + " | ".join(f"{_points(a)} / {_points(b)}" if a and b else "" for a, b in found) + " |")
+    lines += ["", f"{study.reference} minus the rival, average of ID and OOD, paired by seed, 95 % (Student's t).", ""]
+    lines += [f"| | {' | '.join(settings)} |", "|---|" + "---|" * len(settings)]
+    pairs = {(p["setting"], p["rival"]): p for p in summary["paired"] if p["measure"] == "average"}
+    for rival in study.algorithms:
+        if rival != study.reference:
+            lines.append(f"| {rival} | " + " | ".join(_gap(pairs.get((s, rival))) for s in settings) + " |")
+    lines += ["", "| | runs | collapsed | CPU s a run | peak MB |", "|---|---|---|---|---|"]
+    for row in summary["runs"]:
+        memory = row["peak_memory_bytes"] / 1e6
+        lines.append(f"| {row['algorithm']} | {row['runs']} | {row['collapsed']} | {row['cpu_seconds']:.0f} | {memory:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _points(entry: dict[str, float]) -> str:
+    return f"{100 * entry['mean']:.1f}"
+
+
+def _gap(entry: dict[str, float] | None) -> str:
+    return f"{100 * entry['mean']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]" if entry else ""
+
+
+def write(study: ComparisonConfig, records: list[dict[str, Any]], folder: str | Path) -> dict[str, Any]:
+    """Write results.json (every record and the summary) and summary.md into `folder`. Returns the summary."""
+    summary = summarise(study, [r for r in records if not r["point"]] or records)
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    if study.grid:
+        summary = {"tuning": best_points(study, records)}
+        lines = ["| algorithm | best | " + " | ".join(study.grid) + " |", "|---|---|" + "---|" * len(study.grid)]
+        for algorithm, found in summary["tuning"].items():
+            shown = [f"{100 * found['scores'][p]:.1f}" if p in found["scores"] else "" for p in study.grid]
+            lines.append(f"| {algorithm} | {found['best']} | " + " | ".join(shown) + " |")
+        text = (
+            "Average of in-domain and out-of-domain accuracy at the end, in points, over settings and seeds.\n\n" + "\n".join(lines) + "\n"
+        )
+    else:
+        text = markdown(study, summary)
+    (place / "results.json").write_text(json.dumps({"summary": summary, "records": records}, indent=1) + "\n", encoding="utf-8")
+    (place / "summary.md").write_text(text, encoding="utf-8")
+    if not study.grid:
+        from dfpo_core import comparison_report
+
+        figures = comparison_report.figures(study, records, summary)
+        for name, figure in figures.items():
+            figure.savefig(place / f"{name}.png", dpi=110)
+        (place / "report.html").write_text(comparison_report.render(study, records, summary, figures), encoding="utf-8")
+    return summary

@@ -1,0 +1,236 @@
+"""The comparison: its matrix, its statistics by hand, real cells that learn something, resuming after a kill, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from dfpo_core import comparison
+from dfpo_core.data import chains
+from dfpo_core.errors import UserError
+from dfpo_core.statistics import student_interval
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def small(home: Path, **changes) -> dict:
+    """Two algorithms, two settings, two seeds of a few steps each."""
+    sums = {"kind": "chains", "name": "sums", "size": 64, "options": {"terms": 2, "digits": 1}}
+    train = {"steps": 2, "prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 4, "save_every": 9}
+    base = {
+        "home": str(home),
+        "model": "scratch:tiny",
+        "data": {"train": [sums], "id_test_size": 10, "ood_test": [{"kind": "chains", "name": "maxima", "size": 10}]},
+        "train": train,
+    }
+    values = {
+        "seeds": [1, 2],
+        "base": base,
+        "warm_start": {"sft": {"steps": 3, "batch_size": 8, "micro_batch_size": 8}},
+        "settings": {"clean": {}, "wrong": {"noise": {"kind": "plausible", "rate": 0.5}}},
+        "algorithms": {"dfpo": {"train": {"critic": {"width": 8, "loss_levels": 4}}}, "grpo": {}},
+        "curve_every": 1,
+    }
+    return values | changes
+
+
+def record(setting, algorithm, seed, start, end, ood=0.2, diverged="") -> dict:
+    curve = [{"step": 0, "id_test": start, "ood_test": ood}, {"step": 10, "id_test": end, "ood_test": ood}]
+    cost = {"cpu_seconds": 1.0, "peak_memory_bytes": 1.0}
+    return {"setting": setting, "algorithm": algorithm, "seed": seed, "point": "", "curve": curve, "diverged": diverged, **cost}
+
+
+def test_the_matrix_goes_seed_by_seed_and_leaves_out_what_only_says(tmp_path):
+    study = comparison.parse(small(tmp_path, only={"wrong": ["dfpo"]}))
+    expected = ["clean.dfpo.1", "clean.grpo.1", "wrong.dfpo.1", "clean.dfpo.2", "clean.grpo.2", "wrong.dfpo.2"]
+    assert [cell.key for cell in comparison.cells(study)] == expected
+
+
+def test_a_cell_lays_algorithm_over_setting_over_base(tmp_path):
+    study = comparison.parse(small(tmp_path, grid={"high": {"train": {"learning_rate": 0.5}}}))
+    config = comparison.cell_config(study, comparison.Cell("wrong", "grpo", 2, "high"), "/somewhere")
+    assert (config.train.algorithm, config.noise.rate, config.seed, config.train.learning_rate) == ("grpo", 0.5, 2, 0.5)
+    assert (config.model, config.sft.steps, config.train.steps) == ("/somewhere", 0, 2)
+
+
+def test_scores_of_a_cell_by_hand():
+    cell = record("clean", "dfpo", 1, 0.2, 0.6, ood=0.4)
+    cell["curve"].insert(1, {"step": 5, "id_test": 0.5, "ood_test": 0.4})
+    assert comparison.score_of(cell, "id") == 0.6
+    assert comparison.score_of(cell, "average") == pytest.approx(0.5)
+    # averages 0.3, 0.45, 0.5 at 0, 5, 10: trapezoids 1.875 + 2.375 over 10
+    assert comparison.score_of(cell, "area") == pytest.approx(0.425)
+    assert not comparison.collapsed(cell)
+    assert comparison.collapsed(record("clean", "ppo", 1, 0.5, 0.4)) and comparison.collapsed(
+        record("clean", "ppo", 1, 0.1, 0.2, diverged="x")
+    )
+
+
+def test_differences_are_paired_by_seed_and_averaged_over_the_noisy_settings(tmp_path):
+    study = comparison.parse(small(tmp_path, seeds=[1, 2, 3], settings={"clean": {}, "a": {}, "b": {}}))
+    ends = {("a", "dfpo"): [0.5, 0.6, 0.9], ("a", "grpo"): [0.4, 0.3, 0.5], ("b", "dfpo"): [0.5, 0.5, 0.5], ("b", "grpo"): [0.5, 0.4, 0.1]}
+    records = [record(s, a, seed, 0.1, end[seed - 1]) for (s, a), end in ends.items() for seed in (1, 2, 3)]
+    paired = {(p["setting"], p["measure"]): p for p in comparison.summarise(study, records)["paired"]}
+    gaps = np.array([0.1 + 0.0, 0.3 + 0.1, 0.4 + 0.4]) / 2  # mean over a and b of the ID difference, seed by seed
+    low, high = stats.t.interval(0.95, 2, gaps.mean(), stats.sem(gaps))
+    found = paired["noisy", "id"]
+    assert (found["mean"], found["low"], found["high"], found["seeds"]) == pytest.approx((gaps.mean(), low, high, 3))
+    assert paired["a", "id"]["mean"] == pytest.approx((0.1 + 0.3 + 0.4) / 3) and ("clean", "id") not in paired
+
+
+def test_a_seed_that_lacks_a_noisy_setting_is_left_out_of_their_average(tmp_path):
+    study = comparison.parse(small(tmp_path, settings={"clean": {}, "a": {}, "b": {}}))
+    records = [record(s, "dfpo", seed, 0.1, 0.5) for s, seed in (("a", 1), ("b", 1), ("a", 2))]
+    means = {(m["setting"], m["measure"]): m["seeds"] for m in comparison.summarise(study, records)["means"]}
+    assert means["noisy", "id"] == 1 and means["a", "id"] == 2
+
+
+def test_student_interval_agrees_with_scipy_and_refuses_one_value():
+    values = np.array([0.1, 0.4, 0.2, 0.6])
+    interval = student_interval(values, confidence=0.9)
+    assert (interval.low, interval.high) == pytest.approx(stats.t.interval(0.9, 3, values.mean(), stats.sem(values)))
+    with pytest.raises(ValueError, match="at least two"):
+        student_interval(values[:1])
+
+
+def test_the_best_point_of_a_grid_is_the_one_with_the_highest_mean(tmp_path):
+    study = comparison.parse(small(tmp_path, grid={"low": {}, "high": {}}))
+    records = [record("clean", "dfpo", s, 0.1, end) | {"point": p} for p, s, end in (("low", 1, 0.5), ("low", 2, 0.1), ("high", 1, 0.4))]
+    best = comparison.best_points(study, records)["dfpo"]
+    assert best["best"] == "high" and best["scores"]["low"] == pytest.approx((0.35 + 0.15) / 2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole small study, run once."""
+    folder = tmp_path_factory.mktemp("study")
+    study = comparison.parse(small(folder / "home", seeds=[1], only={"clean": ["grpo"]}))
+    parent = comparison.open_parent(study)
+    records = comparison.run(study, folder / "out", parent_run_id=parent)
+    comparison.write(study, records, folder / "out")
+    return study, folder, parent, records
+
+
+def test_cells_of_one_seed_start_from_the_same_policy_on_the_same_questions(finished):
+    _, _, _, records = finished
+    assert len(records) == 3 and len({json.dumps(r["curve"][0]["domains"]) for r in records}) == 1
+    assert [p["step"] for p in records[0]["curve"]] == [0, 1, 2]
+    rates = {r["setting"]: r["noise_rate"] for r in records}
+    assert rates["clean"] == 0 and 0.3 < rates["wrong"] < 0.7
+    assert records[0]["questions"] == {"sums": 10, "maxima": 10}
+
+
+def test_every_cell_is_a_tagged_child_of_the_parent_run(finished):
+    study, folder, parent, _ = finished
+    from dfpo_core import tracking
+    from dfpo_core.config import parse_config
+
+    client = tracking.connect(tracking.tracking_uri(parse_config(study.base)))
+    runs = tracking.children(client, client.get_run(parent).info.experiment_id, parent)
+    assert {run.info.run_name for run in runs} == {cell.key for cell in comparison.cells(study)}
+    tags = {(run.data.tags["dfpo.setting"], run.data.tags["dfpo.algorithm"], run.data.tags["dfpo.seed"]) for run in runs}
+    assert ("wrong", "grpo", "1") in tags
+    assert all("eval/id_test/all" in run.data.metrics and run.info.status == "FINISHED" for run in runs)
+
+
+def test_results_are_written_as_json_and_as_a_table(finished):
+    _, folder, _, records = finished
+    written = json.loads((folder / "out" / "results.json").read_text())
+    assert written["records"] == records
+    assert "| dfpo |" in (folder / "out" / "summary.md").read_text()
+
+
+def test_a_study_that_was_killed_goes_on_and_keeps_the_cells_it_has(tmp_path):
+    values = small(tmp_path / "home", seeds=[1], settings={"clean": {}})
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
+    code = "import sys; from dfpo_core import comparison as c\nif __name__ == '__main__': s = c.load(sys.argv[1]); c.run(s, sys.argv[2])"
+    (tmp_path / "go.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "go.py"), str(tmp_path / "study.yaml"), str(tmp_path / "out")]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "out").glob("cells/*.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("cells/*.json")}
+    assert len(kept) == 1
+    study = comparison.load(tmp_path / "study.yaml")
+    assert len(comparison.run(study, tmp_path / "out")) == 2
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_a_cell_of_another_configuration_is_run_again(tmp_path):
+    study = comparison.parse(small(tmp_path))
+    cell = comparison.cells(study)[0]
+    changed = small(tmp_path)
+    changed["base"]["train"]["learning_rate"] = 0.5
+    assert comparison.cell_sha256(study, cell) != comparison.cell_sha256(comparison.parse(changed), cell)
+    moved = comparison.parse(small(tmp_path / "elsewhere"))
+    assert comparison.cell_sha256(study, cell) == comparison.cell_sha256(moved, cell)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "reason"),
+    [
+        ({"seeds": []}, "seeds", "at least 1"),
+        ({"colour": 1}, "colour", "not permitted"),
+        ({"reference": "ppo"}, "reference", "no entry of algorithms"),
+        ({"settings": {"A b": {}}}, "settings.A b", "file name"),
+        ({"only": {"clean": ["ppo"]}}, "only.clean", "not defined"),
+        ({"algorithms": {"dfpo": {"train": {"stepz": 1}}}}, "clean.dfpo.1: train.stepz", "unknown key"),
+        ({"algorithms": {"dfpo": {}, "ppo": {"train": {"critic": {"width": 3}}}}}, "clean.ppo.1: train.critic.width", "unknown option"),
+    ],
+)
+def test_a_study_that_cannot_run_is_refused_before_anything_is_spent(tmp_path, changes, field, reason):
+    with pytest.raises(UserError) as caught:
+        comparison.parse(small(tmp_path, **changes))
+    assert caught.value.field == field and reason in str(caught.value)
+
+
+def test_the_committed_studies_are_valid():
+    for name in ("robustness", "robustness_tuning", "ablation"):
+        assert comparison.cells(comparison.load(ROOT / "pipelines" / "configs" / f"{name}.yaml"))
+
+
+def reversed_number(text: str) -> int:
+    return int(text[::-1])
+
+
+@pytest.mark.parametrize("name", sorted(chains.FAMILIES))
+def test_every_link_of_a_chain_is_right(name):
+    operations = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "^": max}
+    operation = operations[chains.FAMILIES[name]]
+    for row in chains.rows(name, 200, seed=3, terms=4, digits=2):
+        numbers = [reversed_number(part) for part in row["question"].rstrip("=").split(chains.FAMILIES[name])]
+        links = [reversed_number(part) for part in row["response"].split("=")]
+        assert len(numbers) == 4 and len(links) == 3 and min(links) >= 0
+        for before, number, after in zip([numbers[0], *links], numbers[1:], links, strict=False):
+            assert operation(before, number) == after
+        assert row["answer"] == row["response"].rpartition("=")[2]
+
+
+def test_a_longer_list_of_chains_begins_with_the_shorter_one():
+    assert chains.rows("sums", 5, 1, 3, 2) == chains.rows("sums", 50, 1, 3, 2)[:5]
+    assert chains.rows("sums", 5, 1, 3, 2) != chains.rows("sums", 5, 2, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "field"),
+    [("sum", {}, "x.name"), ("sums", {"term": 2}, "x.options.term"), ("sums", {"terms": 1}, "x.options.terms")],
+)
+def test_a_chain_that_cannot_be_made_is_refused(name, options, field):
+    with pytest.raises(UserError) as caught:
+        chains.check(name, options, "x")
+    assert caught.value.field == field
