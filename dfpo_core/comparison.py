@@ -339,13 +339,14 @@ def start(study: str, output: str) -> str:
     return parent_run_id
 
 
-def run_tracked(study: str, key: str, parent_run_id: str, checkpoint: str) -> str:
+def run_tracked(study: str, key: str, checkpoint: str) -> str:
     """The pipeline's step for one cell: returns the MLflow run with its record, an earlier one where the cell is done already."""
     from dfpo_core import tracking
 
     with tracking.exit_codes():
         parsed = parse(json.loads(study))
         cell = find_cell(parsed, key)
+        parent_run_id = open_parent(parsed)
         client = tracking.connect(tracking.tracking_uri(parse_config(parsed.base)))
         query = f"tags.`mlflow.parentRunId` = '{parent_run_id}' and tags.`dfpo.cell_sha256` = '{cell_sha256(parsed, cell)}'"
         experiment = client.get_run(parent_run_id).info.experiment_id

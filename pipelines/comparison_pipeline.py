@@ -37,10 +37,10 @@ def make_pipeline(study: comparison.ComparisonConfig, parallelism: int = 0):
         study: The whole study as JSON; its cells are compiled in.
         """
         started = comparison_start(study=study)
-        parent = started.outputs["parent_run_id"]
         with dsl.ParallelFor(items=keys, parallelism=parallelism, name="cells") as key:
-            cell = comparison_cell(study=study, cell=key, parent_run_id=parent, warm_start=started.outputs["warm_start"])
-        report = comparison_report(study=study, parent_run_id=parent, cell_runs=dsl.Collected(cell.output))
+            # A cell finds the parent by the study's hash: KFP's local runner (2.17) hands the item over for every output of a step.
+            cell = comparison_cell(study=study, cell=key, warm_start=started.outputs["warm_start"])
+        report = comparison_report(study=study, parent_run_id=started.outputs["parent_run_id"], cell_runs=dsl.Collected(cell.output))
         for task in (started, cell):
             task.set_container_image(cluster.gpu_image)
             if cluster.gpu_count:

@@ -7,13 +7,12 @@ from components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, packages_to_install=[], install_kfp_package=False)
-def comparison_cell(study: str, cell: str, parent_run_id: str, warm_start: Input[Model]) -> str:
+def comparison_cell(study: str, cell: str, warm_start: Input[Model]) -> str:
     """Train and measure one cell; its record is an artifact of its MLflow child run. A cell that has a record is not run again.
 
     Args:
         study: The whole study as JSON.
         cell: Key of the cell, `setting.algorithm.seed`.
-        parent_run_id: The MLflow run of the study.
         warm_start: Directory written by comparison_start.
 
     Returns:
@@ -21,4 +20,4 @@ def comparison_cell(study: str, cell: str, parent_run_id: str, warm_start: Input
     """
     from dfpo_core import comparison as step
 
-    return step.run_tracked(study, cell, parent_run_id, warm_start.path)
+    return step.run_tracked(study, cell, warm_start.path)
