@@ -19,10 +19,8 @@ from pipelines.dfpo_pipeline import compile_pipeline
 
 COMPILED = submission.read_compiled(ROOT / "pipelines" / "dfpo_pipeline.yaml")[0]
 FOR_CLUSTER = ["--set", "tracking.uri=http://mlflow.mlops.svc:5000", "--set", "train.checkpoint_uri=s3://bucket/dfpo/{run}"]
-IMAGES = [
-    "--set",
-    "cluster={image: 'ghcr.io/me/dfpo:0.1.0', gpu_image: 'ghcr.io/me/dfpo:0.1.0', mlflow_secret: mlflow, object_store_secret: s3}",
-]
+IMAGE = "registry.example/dfpo:0.1.0"
+IMAGES = ["--set", f"cluster={{image: '{IMAGE}', gpu_image: '{IMAGE}', mlflow_secret: mlflow, object_store_secret: s3}}"]
 POST = ("POST", "runs")
 
 
@@ -670,13 +668,13 @@ def test_gpus_given_as_parameters_are_checked_with_their_type(submit):
 @pytest.mark.parametrize(
     ("image", "pinned"),
     [
-        ("ghcr.io/me/dfpo:0.1.0", True),
-        ("ghcr.io/me/dfpo@sha256:" + "0" * 64, True),
+        ("registry.example/dfpo:0.1.0", True),
+        ("registry.example/dfpo@sha256:" + "0" * 64, True),
         ("localhost:5000/dfpo:v2", True),
         ("localhost:5000/dfpo", False),
-        ("ghcr.io/me/dfpo:latest", False),
-        ("ghcr.io/me/dfpo", False),
-        ("ghcr.io/me/dfpo2:main", False),
+        ("registry.example/dfpo:latest", False),
+        ("registry.example/dfpo", False),
+        ("registry.example/dfpo2:main", False),
     ],
 )
 def test_an_image_is_pinned_by_digest_or_by_a_version(image, pinned):
@@ -685,12 +683,12 @@ def test_an_image_is_pinned_by_digest_or_by_a_version(image, pinned):
 
 def test_warnings_name_the_field_and_do_not_stop_a_submission(serve, dfpo):
     server = serve()
-    given = ["--param", "gpu_image=ghcr.io/me/dfpo:latest", "--set", "data.ood_test=[{kind: jsonl, name: /data/x.jsonl}]"]
+    given = ["--param", "gpu_image=registry.example/dfpo:latest", "--set", "data.ood_test=[{kind: jsonl, name: /data/x.jsonl}]"]
     code, out, err = dfpo("submit", TINY, *FOR_CLUSTER, *given, "--host", server.url)
     assert (code, out[0]) == (0, "run r1")
     assert [line.partition(": ")[2].partition(";")[0] for line in err] == [
         "cluster.image: dfpo-cpu:0.1.0 names no registry",
-        "cluster.gpu_image: ghcr.io/me/dfpo:latest can change between two pods of a run",
+        "cluster.gpu_image: registry.example/dfpo:latest can change between two pods of a run",
         "cluster.mlflow_secret: no credentials reach the pods",
         "cluster.object_store_secret: no credentials for train.checkpoint_uri reach the pods",
         "/data/x.jsonl: is not on cluster.pvc",
