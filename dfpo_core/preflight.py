@@ -18,6 +18,15 @@ from dfpo_core.errors import UserError
 
 SCRATCH_FREE_BYTES, MODEL_FREE_BYTES = 200 << 20, 2 << 30  # checkpoints of the tiny preset; of a model of 135 M parameters
 DEFAULT_GENERATED_ROWS = 1000
+PARAMETERS = {  # parameters of the pipeline that override one value of the configuration
+    "model": "model",
+    "algorithm": "train.algorithm",
+    "noise_kind": "noise.kind",
+    "noise_rate": "noise.rate",
+    "seed": "seed",
+    "steps": "train.steps",
+    "learning_rate": "train.learning_rate",
+}
 REPORTED_PACKAGES = ("dfpo", "torch", "transformers", "mlflow", "kfp", "reasoning-gym")
 
 
@@ -39,19 +48,16 @@ def run(
     Problems are printed one a line, and end the process with code 2.
     """
     with tracking.exit_codes():
-        resolved = with_overrides(
-            config,
-            {
-                "model": model,
-                "train.algorithm": algorithm,
-                "noise.kind": noise_kind,
-                "noise.rate": noise_rate,
-                "seed": seed,
-                "train.steps": steps,
-                "train.learning_rate": learning_rate,
-            },
-            data,
-        )
+        given = {
+            "model": model,
+            "algorithm": algorithm,
+            "noise_kind": noise_kind,
+            "noise_rate": noise_rate,
+            "seed": seed,
+            "steps": steps,
+            "learning_rate": learning_rate,
+        }
+        resolved = with_overrides(config, {PARAMETERS[name]: value for name, value in given.items()}, data)
         problems = check(resolved)
         for problem in problems[:-1]:
             print(f"error: {problem}", file=sys.stderr)

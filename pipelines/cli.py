@@ -51,7 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--keep-outputs", action="store_true", help="keep the steps' intermediate files after a success")
     compiling = add("compile", compile_config, "write the compiled pipeline")
     compiling.add_argument("-o", "--output", metavar="FILE", required=True, help="YAML file to write")
-    _add_submit_options(add("submit", submit, "compile and submit to a Kubeflow Pipelines server"))
+    submitting = add("submit", submit, "compile, check and submit to a Kubeflow Pipelines server")
+    _add_server_options(submitting)
+    _add_submit_options(submitting)
+    scheduled = commands.add_parser("recurring", help="list or switch the recurring runs of a Kubeflow Pipelines server")
+    scheduled.add_argument("action", choices=["list", "enable", "disable", "delete"])
+    scheduled.add_argument("id", metavar="ID", nargs="?", default="", help="recurring run")
+    _add_server_options(scheduled)
+    scheduled.set_defaults(command=recurring)
     comparing = add("compare", compare, "table of the runs in the experiment", default_config=True)
     comparing.add_argument("--run", metavar="ID", action="append", default=[], help="only this parent run; may be repeated")
     promoting = add("promote", promote, "apply the gate again to an evaluated run", default_config=True)
@@ -65,15 +72,44 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_submit_options(parser: argparse.ArgumentParser) -> None:
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="", help="address of the KFP API server; empty inside the cluster")
     parser.add_argument("--namespace", default="", help="Kubernetes namespace, for multi-user servers")
-    parser.add_argument("--experiment", default="dfpo", help="KFP experiment (dfpo)")
-    parser.add_argument("--run-name", default="", help="name of the run; default: the configuration's name and the time")
-    parser.add_argument("--token-file", default="", help="file with a bearer token")
-    parser.add_argument("--param", metavar="NAME=VALUE", action="append", default=[], help="pipeline parameter, e.g. --param steps=10")
+    credentials = parser.add_mutually_exclusive_group()
+    credentials.add_argument("--token-file", default="", metavar="FILE", help="file with a bearer token, read again for each request")
+    credentials.add_argument("--cookie-file", default="", metavar="FILE", help="file with the Cookie header of a browser session")
+    parser.add_argument("--ca-file", default="", metavar="FILE", help="certificates to trust instead of the usual ones")
+    parser.add_argument("--ui-host", default="", help="address of the KFP web pages, for links; default: --host")
     parser.add_argument("--timeout", type=int, default=30, help="seconds that one request may take (30)")
-    parser.add_argument("--wait", action="store_true", help="print states until the run ends; exit 1 unless it succeeds")
+
+
+def _add_submit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--param", metavar="NAME=VALUE", action="append", default=[], help="pipeline parameter, e.g. --param steps=10")
+    parser.add_argument("--experiment", default="dfpo", help="KFP experiment (dfpo)")
+    parser.add_argument("--run-name", default="", help="name of the run; default: the configuration's name and the submission id")
+    parser.add_argument("--service-account", default="", help="Kubernetes service account of the pods; default: the server's")
+    parser.add_argument("--tracking-in-cluster", action="store_true", help="do not try tracking.uri from here: only pods reach it")
+    parser.add_argument("--mlflow-plugin", choices=["on", "off"], default="", help="KFP's MLflow plugin: in our experiment, or not at all")
+    parser.add_argument("--submission-id", default="", metavar="ID", help="of an earlier try: use the run that it made, if it made one")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, send nothing")
+    waiting = parser.add_argument_group("waiting")
+    waiting.add_argument("--wait", action="store_true", help="print the states of the tasks until the run ends; exit 1 unless it succeeds")
+    waiting.add_argument("--give-up-after", type=int, default=600, metavar="SECONDS", help="without an answer from the server (600)")
+    recurring = parser.add_argument_group("recurring runs")
+    recurring.add_argument("--cron", default="", help='six fields, seconds first: "0 0 9 * * 1-5"')
+    recurring.add_argument("--every", default="", metavar="INTERVAL", help="90s, 15m, 6h or 1d")
+    recurring.add_argument("--disabled", action="store_true", help="create it switched off (`dfpo recurring enable ID`)")
+    recurring.add_argument("--max-concurrency", type=int, default=1, metavar="N", help="runs of it at a time, 1 to 10 (1)")
+    recurring.add_argument("--no-catch-up", action="store_true", help="after a pause start the latest run only, not all that were left out")
+
+
+def _server(arguments: argparse.Namespace):
+    from pipelines.kfp_server import Server
+
+    if arguments.timeout < 1:
+        raise UserError("--timeout", f"{arguments.timeout} s is no time", "give at least 1")
+    names = ("host", "namespace", "token_file", "cookie_file", "ca_file", "ui_host", "timeout")
+    return Server(**{name: getattr(arguments, name) for name in names})
 
 
 def _load(arguments: argparse.Namespace) -> PipelineConfig:
@@ -179,36 +215,129 @@ def compile_config(arguments: argparse.Namespace) -> int:
 
 
 def submit(arguments: argparse.Namespace) -> int:
-    """Compile, check arguments against the compiled inputs, and create one run."""
-    config = _load(arguments)
+    """Check everything that can be checked here, create one run or recurring run, and with --wait watch it to its end."""
+    config, server = _load(arguments), _server(arguments)
     from pipelines import submission
     from pipelines.dfpo_pipeline import compile_pipeline
+    from pipelines.kfp_server import ServerFailure, connect
 
-    problems = submission.check_for_cluster(config)
+    schedule = _schedule(arguments)
+    submission_id = arguments.submission_id or submission.new_submission_id()
+    with tempfile.TemporaryDirectory(prefix="dfpo-") as folder:
+        compile_pipeline(config, Path(folder) / "dfpo.yaml")
+        documents = submission.read_compiled(Path(folder) / "dfpo.yaml")
+    parameters = submission.read_arguments(documents[0], arguments.param)
+    resolved = submission.with_arguments(config, parameters)
+    for warning in submission.warnings_for_cluster(resolved):
+        print(f"warning: {warning}", file=sys.stderr)
+    problems = submission.check_for_cluster(resolved, arguments.tracking_in_cluster, recurring=bool(schedule))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         return 2
-    token = _read_token(arguments.token_file) if arguments.token_file else ""
-    server = submission.Server(arguments.host, arguments.namespace, token, arguments.timeout)
-    run_name = arguments.run_name or f"{config.name} {time.strftime('%Y-%m-%d %H:%M:%S')}"
-    with tempfile.TemporaryDirectory(prefix="dfpo-") as folder:
-        compiled = Path(folder) / "dfpo.yaml"
-        compile_pipeline(config, compiled)
-        parameters = submission.read_arguments(compiled, arguments.param)
-        run_id, link = submission.submit(compiled, parameters, server, arguments.experiment, run_name)
-    print(f"run {run_id}\n{link}", flush=True)
-    return 0 if not arguments.wait or submission.wait(run_id, server) == "SUCCEEDED" else 1
-
-
-def _read_token(path: str) -> str:
+    if arguments.dry_run:
+        print(f"checked: {len(parameters)} parameter(s) given, nothing sent")
+        return 0
+    wanted = submission.Submission(
+        documents,
+        parameters,
+        arguments.experiment,
+        arguments.run_name or f"{config.name} {submission_id}",
+        submission_id,
+        arguments.service_account,
+        submission.mlflow_plugin_input(arguments.mlflow_plugin, resolved),
+        schedule,
+    )
     try:
-        token = Path(path).expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("--token-file", f"cannot read {path} ({getattr(error, 'strerror', 'not text')})", "check the path") from None
-    if not token:
-        raise UserError("--token-file", f"{path} is empty", "write the token into it")
-    return token
+        client = connect(server)
+        run = submission.submit(client, server, wanted, look_first=bool(arguments.submission_id))
+        if schedule:
+            print(f"recurring run {run.recurring_run_id}\n{server.link(f'recurringrun/details/{run.recurring_run_id}')}")
+            return 0
+        print(f"run {run.run_id}\n{server.link(f'runs/details/{run.run_id}')}")
+        print(submission.plugin_link(run) or f"MLflow {resolved.tracking_uri}: tag dfpo.pipeline_run_id = {run.run_id}", flush=True)
+        if not arguments.wait:
+            return 0
+        changes = submission.watch(client, server, run.run_id, submission.task_names(documents[0]), arguments.give_up_after)
+        return _wait(changes, resolved, run.run_id, server.link(f"runs/details/{run.run_id}"))
+    except ServerFailure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+
+
+def _schedule(arguments: argparse.Namespace):
+    from pipelines.submission import Schedule, read_interval
+
+    if not (arguments.cron or arguments.every):
+        if arguments.disabled or arguments.no_catch_up or arguments.max_concurrency != 1:
+            raise UserError("--cron", "or --every is missing: the other options are those of a recurring run", "say when it runs")
+        return None
+    if arguments.wait:
+        raise UserError("--wait", "does not go with a recurring run, which never ends", "leave it out")
+    every = read_interval(arguments.every) if arguments.every else 0
+    return Schedule(arguments.cron, every, not arguments.disabled, arguments.max_concurrency, not arguments.no_catch_up)
+
+
+def _wait(changes, config: PipelineConfig, run_id: str, link: str) -> int:
+    """Print each change until the run ends; the exit code. Ctrl-C ends the watching, not the run."""
+    state, failures = "", []
+    try:
+        for change in changes:
+            text = change.state.lower() if change.state else f"no answer, trying again ({change.problem})"
+            print(f"{time.strftime('%H:%M:%S')}  {change.task or 'run':<13} {text}", file=sys.stderr, flush=True)
+            if change.state == "FAILED" and change.problem:
+                failures.append(f"{change.task or 'run'}: {change.problem}")
+            if (change.task, change.state) == ("preflight", "SUCCEEDED"):
+                print(_parent_link(config, run_id), file=sys.stderr, flush=True)
+            state = change.state if not change.task and change.state else state
+    except KeyboardInterrupt:
+        print(f"the run goes on: {link}", file=sys.stderr)
+        raise
+    if state == "SUCCEEDED":
+        return 0
+    for line in failures:
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    print(f"error: the run ended as {state.lower()}; see {link}", file=sys.stderr)
+    return 1
+
+
+def _parent_link(config: PipelineConfig, run_id: str) -> str:
+    """The page of the MLflow run that preflight made; what to look for, where the MLflow server is out of reach from here."""
+    from pipelines.summary import parent_of
+
+    try:
+        parent = parent_of(config, run_id) if config.tracking_uri.startswith("http") else None
+    except UserError:  # the pods' server need not be ours
+        parent = None
+    if parent is None:
+        return f"MLflow run: the one with tag dfpo.pipeline_run_id = {run_id}"
+    return f"MLflow run: {config.tracking_uri}/#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}"
+
+
+def recurring(arguments: argparse.Namespace) -> int:
+    """List, switch on, switch off or delete the recurring runs of a server."""
+    from pipelines.kfp_server import ServerFailure, answers, connect
+
+    server = _server(arguments)
+    if (arguments.action == "list") == bool(arguments.id):
+        fix = "leave the id out" if arguments.id else f"write: dfpo recurring {arguments.action} ID"
+        raise UserError("ID", "goes with enable, disable and delete, and not with list", fix)
+    try:
+        client = connect(server)
+        with answers(server):
+            if arguments.action == "list":
+                found = client.list_recurring_runs(page_size=100, namespace=server.namespace).recurring_runs or []
+            else:
+                getattr(client, f"{arguments.action}_recurring_run")(arguments.id)
+    except ServerFailure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+    if arguments.action == "list":
+        for run in found:
+            print(f"{run.recurring_run_id}  {(run.status or run.mode or '').lower():<8}  {run.display_name}")
+    else:
+        print(f"{arguments.action}d {arguments.id}")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------- compare and promote
