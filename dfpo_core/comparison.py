@@ -193,7 +193,8 @@ def run_cell(study: ComparisonConfig, cell: Cell, checkpoint: str) -> dict[str, 
     tables = prepare.prepared_tables(config.data, config.seed)
     noisy = add_label_noise(tables["train"], config.noise, config.seed)
     questions = [row | {"split": split} for split in ("id_test", "ood_test") for row in tables[split].to_pylist()]
-    trainer = Trainer(config, checkpoint, noisy.to_pylist())
+    rows = [row for row in noisy.to_pylist() if row["label"] is not None or config.noise.missing == "zero"]
+    trainer = Trainer(config, checkpoint, rows)
     curve, diverged = [{"step": 0, **_accuracies(trainer, questions)}], ""
     while trainer.algorithm.policy_loss_name and trainer.steps_done < config.train.steps:
         try:

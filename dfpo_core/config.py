@@ -15,7 +15,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dfpo_core.errors import UserError
 
-NOISE_KINDS = ("none", "symmetric", "permuted", "plausible")
 ROW_REWARDS = ("number", "choice", "exact", "math", "reasoning_gym")
 
 
@@ -92,8 +91,26 @@ class DataConfig(Section):
 class NoiseConfig(Section):
     """Label noise on the training split. Test splits are never touched."""
 
-    kind: Literal["none", "symmetric", "permuted", "plausible"] = Field("none", description="how a wrong label is made")
+    kind: Literal["none", "symmetric", "permuted", "plausible", "class_conditional"] = Field(
+        "none", description="how a wrong label is made"
+    )
     rate: float = Field(0.0, ge=0, le=1, description="share of training labels made wrong")
+    transitions: dict[str, dict[str, float]] = Field(
+        {}, description="class_conditional: true label -> wrong label -> probability; replaces rate"
+    )
+    missing_rate: float = Field(0.0, ge=0, le=1, description="share of training labels taken away")
+    missing: Literal["drop", "zero"] = Field("drop", description="RL on rows without a label: leave them out, or give reward 0")
+    typo_rate: float = Field(0.0, ge=0, le=1, description="share of the words of training questions that get a typo")
+    word_drop_rate: float = Field(0.0, ge=0, le=1, description="share of the words of training questions that are left out")
+
+    @model_validator(mode="after")
+    def _transitions_are_probabilities(self):
+        for truth, row in self.transitions.items():
+            if truth in row or min(row.values(), default=0) < 0 or sum(row.values()) > 1 + 1e-9:
+                raise ValueError(f"transitions.{truth} must give other labels probabilities that add up to at most 1")
+        if bool(self.transitions) != (self.kind == "class_conditional"):
+            raise ValueError("transitions and the kind class_conditional belong together")
+        return self
 
 
 class ExampleConfig(Section):
@@ -155,9 +172,25 @@ class SFTConfig(Section):
 
 
 class RewardNoiseConfig(Section):
-    """Random flips of a 0/1 reward, a fixed function of question, response and seed."""
+    """Noise on the reward itself, a fixed function of question, response and seed (and of the step, where it drifts)."""
 
     flip_rate: float = Field(0.0, ge=0, le=1, description="probability that a 0/1 reward is flipped")
+    false_positive_rate: float = Field(0.0, ge=0, le=1, description="probability that a reward of 0 becomes 1")
+    false_negative_rate: float = Field(0.0, ge=0, le=1, description="probability that a reward of 1 becomes 0")
+    model_accuracy: float = Field(1.0, ge=0, le=1, description="accuracy of a simulated reward model, wrong for the same texts always")
+    gaussian_std: float = Field(0.0, ge=0, description="standard deviation of normal noise added to the reward")
+    drift_steps: int = Field(0, ge=0, description="training steps over which the noise rises from nothing; 0: all of it from the start")
+
+    @model_validator(mode="after")
+    def _one_kind_of_flip(self):
+        kinds = self.flip_rate > 0, max(self.false_positive_rate, self.false_negative_rate) > 0, self.model_accuracy < 1
+        if sum(kinds) > 1:
+            raise ValueError("flip_rate, false_positive_rate / false_negative_rate and model_accuracy exclude each other")
+        return self
+
+    @property
+    def active(self) -> bool:
+        return self != RewardNoiseConfig()
 
 
 class RewardsConfig(Section):

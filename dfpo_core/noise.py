@@ -1,4 +1,4 @@
-"""Label noise on the training split, and flips of a 0/1 reward, as pure functions of (row id, seed).
+"""Noise on training labels and questions, and on rewards, as pure functions of (row id or text, seed).
 
 Whether a row gets a wrong label depends on its row id and the seed alone, so the noisy rows at rate 0.1 are among those at 0.3, in
 any order and beside any other rows. What the wrong label is:
@@ -10,6 +10,10 @@ permuted    the labels of the chosen rows change places within a domain (for cho
 plausible   a near miss. Numbers: +-1, +-10, one digit changed, two digits swapped. Choices: another option. Text: the answer of
             another row of the domain.
 
+class_conditional   for labels of choices and other closed answers: truth -> wrong label with the given probabilities.
+
+Besides, labels can be taken away (missing), and questions get typos and lose words; wrong labels are drawn first.
+
 Symmetric and text labels depend on which answers the domain has, permuted ones on which other rows are chosen; no label depends on
 row order. A label never equals the truth. Where no wrong label exists (a domain with one answer; a permuted class that holds
 more than half of the chosen rows) the row stays clean, and the measured rate says so.
@@ -20,6 +24,7 @@ Draws come from SipHash of the id and the SplitMix64 finaliser (Steele, Lea and 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,15 +35,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from scipy.special import ndtri
 
-from dfpo_core.config import ROW_REWARDS, NoiseConfig, parse_config
+from dfpo_core.config import ROW_REWARDS, NoiseConfig, RewardNoiseConfig, parse_config
 from dfpo_core.data import report
 from dfpo_core.data.prepare import SPLITS
 from dfpo_core.rewards import canonical_number, normalise_text
 from dfpo_core.storage import atomic_directory
 
 _HASH_KEY = "dfpo_label_noise"  # 16 bytes; changing it changes every draw
-_CHOOSE, _PICK, _REWARD = 1, 2, 3  # independent streams of one row
+# Independent streams of one key. `_bits` keeps streams 0 to 7 of different seeds apart.
+_CHOOSE, _PICK, _REWARD, _MISSING, _TYPO, _DROP, _JUDGE = 1, 2, 3, 4, 5, 6, 7
+_GAUSS = 0
 _POWERS = 10 ** np.arange(19, dtype=np.int64)
 _SEPARATOR = "\x1f"
 
@@ -67,8 +75,15 @@ def run(config: str, parent_run_id: str, data: str, output: str) -> dict[str, fl
 
 
 def measure(noisy: pa.Table, noise: NoiseConfig) -> dict[str, float]:
-    """The rate asked for, and the rate measured, over all rows and by domain."""
+    """The rate asked for (not with transitions, where it depends on the labels), and the rate measured, over all rows and by domain."""
     metrics = {"noise/rate_requested": noise.rate if noise.kind != "none" else 0.0}
+    if noise.kind == "class_conditional":
+        metrics = {}
+    if noise.missing_rate:
+        metrics |= {"noise/missing_requested": noise.missing_rate, "noise/missing_measured": noisy["label"].null_count / noisy.num_rows}
+    if "clean_question" in noisy.column_names:
+        changed = pc.mean(pc.not_equal(noisy["question"], noisy["clean_question"])).as_py()
+        metrics["noise/questions_changed"] = float(changed or 0.0)
     metrics["noise/rate_measured"] = float(pc.mean(noisy["is_noisy"]).as_py() or 0.0)
     by_domain = noisy.group_by("domain").aggregate([("is_noisy", "mean")])
     for entry in by_domain.to_pylist():
@@ -85,26 +100,89 @@ def add_label_noise(table: pa.Table, noise: NoiseConfig, seed: int) -> pa.Table:
     """
     truth = _array(table["answer"])
     keys = text_keys(table["row_id"])
+    if noise.kind == "class_conditional":
+        return _record(table, truth, _class_conditional(truth, noise.transitions, _uniform(keys, seed, _CHOOSE)), keys, noise, seed)
     chosen = _uniform(keys, seed, _CHOOSE) < (noise.rate if noise.kind != "none" else 0.0)
     label = truth
     for reward in ROW_REWARDS:
         rows = np.flatnonzero(chosen & _equals(table["reward"], reward))
         if len(rows):
             label = _replace(label, rows, _wrong_labels(table, reward, rows, noise.kind, keys, seed))
-    noisy = pc.not_equal(label, truth)
-    kinds = pc.if_else(noisy, noise.kind, "none")
+    return _record(table, truth, label, keys, noise, seed)
+
+
+def _record(table: pa.Table, truth: pa.Array, label: pa.Array, keys: np.ndarray, noise: NoiseConfig, seed: int) -> pa.Table:
+    """The label columns, with the labels that go missing taken away and the questions corrupted."""
+    missing = pa.array(_uniform(keys, seed, _MISSING) < noise.missing_rate)
+    noisy = pc.and_(pc.not_equal(label, truth), pc.invert(missing))
+    kinds = pc.if_else(missing, "missing", pc.if_else(noisy, noise.kind, "none"))
+    label = pc.if_else(missing, pa.scalar(None, pa.string()), label)
     columns = {"label": label, "clean_answer": truth, "is_noisy": noisy, "noise_kind": kinds}
     for name, column in columns.items():
         table = table.append_column(name, column)
+    if noise.typo_rate or noise.word_drop_rate:
+        asked, ids = table["question"].to_pylist(), table["row_id"].to_pylist()
+        changed = [corrupt(question, row_id, noise, seed) for question, row_id in zip(asked, ids, strict=True)]
+        table = table.append_column("clean_question", table["question"])
+        table = table.set_column(table.schema.get_field_index("question"), "question", pa.array(changed, pa.string()))
     return table
 
 
-def flip(rewards: Sequence[float], texts: Sequence[str], rate: float, seed: int) -> list[float]:
-    """0/1 rewards of which a share `rate` is flipped: the same text with the same seed always meets the same fate."""
-    if not texts:
-        return []
-    flipped = _uniform(text_keys(pa.array(texts, pa.string())), seed, _REWARD) < rate
-    return [1.0 - reward if hit else float(reward) for reward, hit in zip(rewards, flipped.tolist(), strict=True)]
+def reward_noise(
+    rewards: Sequence[float], questions: Sequence[str], texts: Sequence[str], noise: RewardNoiseConfig, seed: int, step: int = 0
+) -> list[float]:
+    """Rewards as a noisy judge would give them; the same question, response, seed and step always meet the same fate.
+
+    flips               of a 0/1 reward, drawn for each (question, response).
+    simulated model     wrong with probability 1 - accuracy, drawn for the *response alone*, in normal form: what it overrates it overrates
+                        under every question, so a policy can find and exploit it, as with a learned reward model.
+    gaussian            added last, drawn for each (question, response).
+
+    With `drift_steps` every rate and deviation rises linearly from 0 at step 0 to its value.
+
+    Args:
+        rewards: 0 or 1 for the flips; any number for Gaussian noise.
+        questions: a key of each question, such as its row id; as many as rewards.
+        texts: the responses.
+        step: 0-based training step.
+    """
+    if not texts or not noise.active:
+        return [float(reward) for reward in rewards]
+    share = min(1.0, step / noise.drift_steps) if noise.drift_steps else 1.0
+    # Keyed by question too: else a short answer such as 42 would be flipped for every question, or for none.
+    keys = text_keys(pa.array([f"{question}\n{text}" for question, text in zip(questions, texts, strict=True)], pa.string()))
+    values = np.asarray(rewards, dtype=np.float64)
+    positive = max(noise.flip_rate, noise.false_positive_rate)
+    negative = max(noise.flip_rate, noise.false_negative_rate)
+    wrong = _uniform(keys, seed, _REWARD) < share * np.where(values < 0.5, positive, negative)
+    if noise.model_accuracy < 1:
+        judged = text_keys(pa.array([normalise_text(text) for text in texts], pa.string()))
+        wrong = _uniform(judged, seed, _JUDGE) < share * (1 - noise.model_accuracy)
+    values = np.where(wrong, 1 - values, values)
+    if noise.gaussian_std:
+        values = values + share * noise.gaussian_std * ndtri(_uniform(keys, seed, _GAUSS) + 2.0**-54)
+    return values.tolist()
+
+
+def corrupt(question: str, key: str, noise: NoiseConfig, seed: int) -> str:
+    """The question with typos (two inner letters change places) and words left out. Only words of letters are touched, typos need four:
+    digits and operators carry the task, and changing them would change the answer."""
+    parts = re.split(r"(\s+)", question)
+    words = [index for index in range(0, len(parts), 2) if parts[index].isalpha()]
+    if not words:
+        return question
+    keys = text_keys(pa.array([f"{key}\n{index}" for index in words], pa.string()))
+    dropped = _uniform(keys, seed, _DROP) < noise.word_drop_rate
+    misspelt = _uniform(keys, seed, _TYPO) < noise.typo_rate
+    places = _bits(keys, seed, _PICK)
+    for index, drop, typo, place in zip(words, dropped.tolist(), misspelt.tolist(), places.tolist(), strict=True):
+        word = parts[index]
+        if drop:
+            parts[index] = ""
+        elif typo and len(word) >= 4:
+            at = 1 + place % (len(word) - 3)
+            parts[index] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    return re.sub(r"\s+(?=\s)", "", "".join(parts)).strip() if dropped.any() else "".join(parts)
 
 
 # Draws
@@ -146,6 +224,19 @@ def _wrong_labels(table: pa.Table, reward: str, rows: np.ndarray, kind: str, key
     if kind == "plausible" and reward == "number":
         return _near_miss(_array(table["answer"]).take(pa.array(rows)), _bits(keys[rows], seed, _PICK))
     return _other_answer(_classes(table, reward, seed), rows, picks, by_frequency=kind == "plausible")
+
+
+def _class_conditional(truth: pa.Array, transitions: dict[str, dict[str, float]], draws: np.ndarray) -> pa.Array:
+    """Each label by its own row of probabilities; what a row leaves over stays the truth."""
+    label = truth
+    for answer, row in transitions.items():
+        rows = np.flatnonzero(pc.equal(truth, answer).to_numpy(zero_copy_only=False))
+        names, edges = sorted(row), np.cumsum([row[name] for name in sorted(row)])
+        if len(rows) and names:
+            hit = np.searchsorted(edges, draws[rows], side="right")
+            wrong = pa.array([*names, None], pa.string()).take(pa.array(np.minimum(hit, len(names))))
+            label = _replace(label, rows, wrong)
+    return label
 
 
 @dataclass(frozen=True)

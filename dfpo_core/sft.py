@@ -34,8 +34,11 @@ def batch_indices(rows: int, batch_size: int, step: int, seed: int) -> list[int]
     return chosen
 
 
-def labelled(data: str | Path, columns: tuple[str, ...]) -> list[dict]:
-    """Rows of the noised training split. Raises UserError when the folder or a column is missing, or there are no rows."""
+def labelled(data: str | Path, columns: tuple[str, ...], keep_missing: bool = False) -> list[dict]:
+    """Rows of the noised training split, without those whose label is missing (null) unless `keep_missing`.
+
+    Raises UserError when the folder or a column is missing, or there are no rows.
+    """
     import pyarrow.parquet
 
     path = Path(data) / "train.parquet"
@@ -48,7 +51,10 @@ def labelled(data: str | Path, columns: tuple[str, ...]) -> list[dict]:
         raise UserError("data", f"{path} lacks the column {missing[0]!r}", "run noise_data on it first")
     if table.num_rows == 0:
         raise UserError("data.train", "the training split is empty", "add rows or lower data.id_test_size")
-    return table.to_pylist()
+    rows = [row for row in table.to_pylist() if keep_missing or row.get("label") is not None]
+    if not rows:
+        raise UserError("noise.missing_rate", "leaves no training row with a label", "lower it")
+    return rows
 
 
 def targets(tokenizer, rows: list[dict]) -> list[list[int]]:

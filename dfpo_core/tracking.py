@@ -453,10 +453,23 @@ def _tags(config: PipelineConfig, step: str, pipeline_run_id: str) -> dict[str, 
 
 
 def noise_tag(config: PipelineConfig) -> str:
-    """`plausible@0.3`, `none`, or with reward flips `plausible@0.3+flip@0.1`."""
-    label = "none" if config.noise.kind == "none" else f"{config.noise.kind}@{config.noise.rate:g}"
-    flips = config.train.reward_noise.flip_rate
-    return label if flips == 0 else f"{label}+flip@{flips:g}"
+    """`plausible@0.3`, `none`, or with more kinds `plausible@0.3+missing@0.4+flip@0.1`."""
+    labels, judge = config.noise, config.train.reward_noise
+    kinds = {
+        labels.kind: labels.rate,
+        "missing": labels.missing_rate,
+        "typo": labels.typo_rate,
+        "word_drop": labels.word_drop_rate,
+        "flip": judge.flip_rate,
+        "false_positive": judge.false_positive_rate,
+        "false_negative": judge.false_negative_rate,
+        "reward_model": 1 - judge.model_accuracy,
+        "gaussian": judge.gaussian_std,
+    }
+    found = [f"{kind}@{rate:g}" for kind, rate in kinds.items() if rate > 1e-12 and kind != "none"]
+    if labels.kind == "class_conditional":
+        found.insert(0, "class_conditional")
+    return "+".join(found) or "none"
 
 
 @cache

@@ -134,9 +134,8 @@ class Trainer:
             )
         texts = rollout.decode(self.tokenizer, generation.response_ids, generation.mask)
         rows = [self.rows[i] for i in chosen for _ in range(s.samples_per_prompt)]
-        # Keyed by question too: else a short answer such as 42 would be flipped for every question, or for none.
-        keys = [f"{row['row_id']}\n{text}" for row, text in zip(rows, texts, strict=True)]
-        noisy = noise.flip(self.reward.score(rows, texts, "label"), keys, s.reward_noise.flip_rate, self.config.seed)
+        ids_of = [row["row_id"] for row in rows]
+        noisy = noise.reward_noise(self.judged(rows, texts), ids_of, texts, s.reward_noise, self.config.seed, self.steps_done)
         batch = Rollout(
             prompt_ids=ids,
             prompt_mask=mask,
@@ -155,6 +154,15 @@ class Trainer:
         if s.epochs * s.minibatches > 1:
             batch = replace(batch, log_probs=self.score_tokens(self.policy.module, batch))
         return batch, texts
+
+    def judged(self, rows: list[dict], texts: list[str]) -> list[float]:
+        """The reward against the label; 0 where there is no label (noise.missing: zero)."""
+        known = [i for i, row in enumerate(rows) if row["label"] is not None]
+        scores = self.reward.score([rows[i] for i in known], [texts[i] for i in known], "label") if known else []
+        result = [0.0] * len(rows)
+        for i, value in zip(known, scores, strict=True):
+            result[i] = value
+        return result
 
     @torch.no_grad()
     def score_tokens(self, model, batch: Rollout) -> Tensor:
@@ -405,7 +413,7 @@ def run(
     config = PipelineConfig.model_validate_json(config) if isinstance(config, str) else config
     with tracking.step_run(config, "train", parent_run_id) as step_run:
         torch.set_num_threads(config.threads or torch.get_num_threads())
-        rows = labelled(data, ("row_id", "question", "answer", "label"))
+        rows = labelled(data, ("row_id", "question", "answer", "label"), keep_missing=config.noise.missing == "zero")
         step_run.log_dataset(str(Path(data) / "train.parquet"), "train", "training", {"noise": config.noise.kind})
         uri = checkpoint_uri(config, pipeline_run_id)
         trainer = Trainer(config, sft_checkpoint, rows)

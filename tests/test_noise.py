@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from dfpo_core.config import NoiseConfig
-from dfpo_core.noise import add_label_noise, flip, measure
+from dfpo_core.config import NoiseConfig, RewardNoiseConfig
+from dfpo_core.noise import add_label_noise, corrupt, measure, reward_noise
 from dfpo_core.rewards import canonical_number, normalise_text
 
 KINDS = ("symmetric", "permuted", "plausible")
@@ -182,12 +183,140 @@ def test_an_empty_table_and_kind_none_pass_through():
     assert result["label"].to_pylist() == ["1", "2"] and result["noise_kind"].to_pylist() == ["none", "none"]
 
 
-def test_reward_flips_are_a_fixed_function_of_text_and_seed():
-    texts = [f"response {index}" for index in range(20_000)]
-    flipped = flip([1.0] * 20_000, texts, 0.28, seed=3)
-    assert abs(sum(reward == 0.0 for reward in flipped) / 20_000 - 0.28) < 4 * math.sqrt(0.28 * 0.72 / 20_000)
-    assert flip([1.0] * 20_000, texts[::-1], 0.28, seed=3) == flipped[::-1]
-    assert flip([0.0] * 20_000, texts, 0.28, seed=3) == [1.0 - reward for reward in flipped]
-    assert flip([1.0] * 20_000, texts, 0.28, seed=4) != flipped
-    assert flip([], [], 0.5, seed=1) == []
-    assert flip([0.0, 1.0], ["a", "b"], 0.0, 1) == [0.0, 1.0] and flip([0.0, 1.0], ["a", "b"], 1.0, 1) == [1.0, 0.0]
+COUNT = 20_000
+TEXTS = [f"response {index}" for index in range(COUNT)]
+
+
+def judged(rewards, noise, texts=None, questions=None, seed=3, step=0):
+    texts = TEXTS[: len(rewards)] if texts is None else texts
+    return reward_noise(rewards, questions or ["q"] * len(rewards), texts, RewardNoiseConfig(**noise), seed, step)
+
+
+def binomial(share, rate, count=COUNT):
+    return abs(share - rate) < 4 * math.sqrt(rate * (1 - rate) / count)
+
+
+def test_reward_flips_are_a_fixed_function_of_question_text_and_seed():
+    flipped = judged([1.0] * COUNT, {"flip_rate": 0.28})
+    assert binomial(sum(reward == 0.0 for reward in flipped) / COUNT, 0.28)
+    assert judged([1.0] * COUNT, {"flip_rate": 0.28}, TEXTS[::-1]) == flipped[::-1]
+    assert judged([0.0] * COUNT, {"flip_rate": 0.28}) == [1.0 - reward for reward in flipped]
+    assert judged([1.0] * COUNT, {"flip_rate": 0.28}, seed=4) != flipped
+    assert judged([1.0] * COUNT, {"flip_rate": 0.28}, questions=["p"] * COUNT) != flipped
+    assert judged([], {"flip_rate": 0.5}) == []
+    assert judged([0.0, 1.0], {}) == [0.0, 1.0] and judged([0.0, 1.0], {"flip_rate": 1.0}) == [1.0, 0.0]
+
+
+def test_false_positives_and_false_negatives_have_rates_of_their_own():
+    noise = {"false_positive_rate": 0.1, "false_negative_rate": 0.4}
+    assert binomial(sum(judged([0.0] * COUNT, noise)) / COUNT, 0.1)
+    assert binomial(1 - sum(judged([1.0] * COUNT, noise)) / COUNT, 0.4)
+
+
+def test_a_simulated_reward_model_has_its_accuracy_and_overrates_the_same_text_everywhere():
+    noise = {"model_accuracy": 0.718}
+    wrong = [value == 1.0 for value in judged([0.0] * COUNT, noise)]
+    assert binomial(sum(wrong) / COUNT, 1 - 0.718)
+    assert [value == 0.0 for value in judged([1.0] * COUNT, noise)] == wrong
+    liked = TEXTS[wrong.index(True)]
+    assert judged([0.0] * 50, noise, [liked] * 50, [f"question {i}" for i in range(50)]) == [1.0] * 50
+    assert judged([0.0], noise, [f"  {liked.upper()} "]) == [1.0]  # the judge does not see case and spaces
+
+
+def test_gaussian_noise_is_normal_and_fixed():
+    noise = {"gaussian_std": 0.5}
+    values = np.array(judged([1.0] * COUNT, noise))
+    assert stats.kstest((values - 1) / 0.5, "norm").pvalue > 1e-3
+    assert judged([1.0] * COUNT, noise) == values.tolist()
+
+
+def test_drift_raises_the_noise_linearly_from_nothing():
+    noise = {"flip_rate": 0.4, "drift_steps": 100}
+    assert judged([1.0] * COUNT, noise, step=0) == [1.0] * COUNT
+    half, full = ([i for i, v in enumerate(judged([1.0] * COUNT, noise, step=step)) if v == 0] for step in (50, 100))
+    assert binomial(len(half) / COUNT, 0.2) and binomial(len(full) / COUNT, 0.4) and set(half) < set(full)
+    assert judged([1.0] * COUNT, noise, step=5000) == judged([1.0] * COUNT, noise, step=100)
+
+
+@pytest.mark.parametrize(
+    ("noise", "words"),
+    [
+        ({"flip_rate": 0.1, "model_accuracy": 0.9}, "exclude each other"),
+        ({"false_positive_rate": 0.1, "flip_rate": 0.1}, "exclude each other"),
+        ({"gaussian_std": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_reward_noise_that_contradicts_itself_is_refused(noise, words):
+    with pytest.raises(ValueError, match=words):
+        RewardNoiseConfig(**noise)
+
+
+def test_class_conditional_labels_follow_their_transitions():
+    table = make([LABELS[i % 3] for i in range(30_000)], "choice")
+    transitions = {"A": {"B": 0.5, "D": 0.25}, "C": {"A": 1.0}}
+    result = add_label_noise(table, NoiseConfig(kind="class_conditional", transitions=transitions), 1)
+    seen = Counter(zip(result["answer"].to_pylist(), result["label"].to_pylist(), strict=True))
+    for pair, rate in {("A", "B"): 0.5, ("A", "D"): 0.25, ("A", "A"): 0.25}.items():
+        assert binomial(seen[pair] / 10_000, rate, 10_000)
+    assert seen["C", "A"] == 10_000 and seen["B", "B"] == 10_000
+    assert result["is_noisy"].to_pylist() == [a != b for a, b in zip(*(result[c].to_pylist() for c in ("answer", "label")), strict=True)]
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        {"kind": "class_conditional"},
+        {"transitions": {"A": {"B": 0.1}}},
+        {"kind": "class_conditional", "transitions": {"A": {"A": 0.1}}},
+        {"kind": "class_conditional", "transitions": {"A": {"B": 0.7, "C": 0.7}}},
+        {"kind": "class_conditional", "transitions": {"A": {"B": -0.1}}},
+    ],
+)
+def test_transitions_that_are_no_probabilities_are_refused(noise):
+    with pytest.raises(ValueError, match="transitions"):
+        NoiseConfig(**noise)
+
+
+def test_missing_labels_are_null_recorded_and_independent_of_wrong_ones():
+    table = mixed(4000)
+    result = add_label_noise(table, NoiseConfig(kind="symmetric", rate=0.3, missing_rate=0.4), 1)
+    gone = np.array([label is None for label in result["label"].to_pylist()])
+    assert binomial(gone.mean(), 0.4, 12_000)
+    kinds = np.array(result["noise_kind"].to_pylist())
+    assert (kinds[gone] == "missing").all() and not np.array(result["is_noisy"].to_pylist())[gone].any()
+    assert binomial(np.array(result["is_noisy"].to_pylist())[~gone].mean(), 0.3, int((~gone).sum()))
+    without = noisy(table, "symmetric", 0.3)["label"].to_pylist()
+    assert [a for a, g in zip(result["label"].to_pylist(), gone, strict=True) if not g] == [
+        a for a, g in zip(without, gone, strict=True) if not g
+    ]
+    measured = measure(result, NoiseConfig(kind="symmetric", rate=0.3, missing_rate=0.4))
+    assert measured["noise/missing_requested"] == 0.4 and measured["noise/missing_measured"] == pytest.approx(gone.mean())
+
+
+WORDS = ["What", "is", "the", "largest", "number", "below", "17", "plus", "x2", "when", "nothing", "else", "helps?"]
+
+
+def test_typos_swap_two_inner_letters_of_words_and_leave_numbers_alone():
+    question = " ".join(WORDS)
+    changed = corrupt(question, "row", NoiseConfig(typo_rate=1.0), 1).split()
+    for before, after in zip(WORDS, changed, strict=True):
+        assert sorted(before) == sorted(after) and before[0] == after[0] and before[-1] == after[-1]
+        if len(before) < 4 or not before.isalpha():
+            assert before == after
+    assert changed != WORDS
+
+
+def test_dropped_words_are_left_out_at_their_rate_and_numbers_stay():
+    rows = [corrupt(" ".join(WORDS), f"row {i}", NoiseConfig(word_drop_rate=0.25), 1).split() for i in range(2000)]
+    letters = [word for word in WORDS if word.isalpha()]
+    kept = sum(word in letters for row in rows for word in row)
+    assert binomial(1 - kept / (2000 * len(letters)), 0.25, 2000 * len(letters))
+    assert all({"17", "x2", "helps?"} <= set(row) for row in rows)
+
+
+def test_questions_are_corrupted_in_the_table_and_the_clean_ones_kept():
+    table = make(["1", "2"], "number").append_column("question", [["largest number below 17", "17 + 2"]])
+    result = add_label_noise(table, NoiseConfig(typo_rate=1.0), 1)
+    assert result["clean_question"].to_pylist() == ["largest number below 17", "17 + 2"]
+    assert result["question"].to_pylist()[1] == "17 + 2" != result["question"].to_pylist()[0]
+    assert measure(result, NoiseConfig(typo_rate=1.0))["noise/questions_changed"] == 0.5

@@ -120,3 +120,14 @@ def test_an_unreadable_training_split_is_one_line(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"not parquet")
     with pytest.raises(UserError, match="cannot read"):
         sft.labelled(tmp_path, ("row_id",))
+
+
+def test_rows_without_a_label_are_left_out_unless_asked_for(tmp_path):
+    rows = rows_of_sums(4)
+    rows[1]["label"] = None
+    folder = write_rows(tmp_path / "data", rows)
+    assert [row["row_id"] for row in sft.labelled(folder, ("label",))] == ["row-0", "row-2", "row-3"]
+    assert len(sft.labelled(folder, ("label",), keep_missing=True)) == 4
+    write_rows(tmp_path / "none", [row | {"label": None} for row in rows[:1]] + rows[1:2])
+    with pytest.raises(UserError, match="noise.missing_rate: leaves no training row"):
+        sft.labelled(tmp_path / "none", ("label",))

@@ -246,3 +246,11 @@ def test_reward_flips_depend_on_question_and_response_at_the_rate_asked_for(tmp_
     assert all(len(seen) == 1 for seen in fates.values())
     flipped = sum(True in seen for seen in fates.values()) / len(fates)
     assert flipped == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / len(fates)) ** 0.5)
+
+
+def test_a_row_without_a_label_earns_nothing_and_the_step_goes_on(tmp_path, warm):
+    rows = [row | {"label": None} for row in rows_of_sums()]
+    trainer = train.Trainer(tiny_config(tmp_path, noise={"missing_rate": 1.0, "missing": "zero"}), warm, rows)
+    batch, _ = trainer.sample()
+    assert batch.rewards.sum() == 0
+    assert trainer.judged([rows[0], rows_of_sums()[1]], ["0", rows_of_sums()[1]["label"]]) == [0.0, 1.0]
