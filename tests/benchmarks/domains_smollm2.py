@@ -2,7 +2,8 @@
 
     DFPO_DATA_DIR=FOLDER python tests/benchmarks/domains_smollm2.py --questions 48
 
-Questions are picked by hash, prompts are the domain's own with its worked examples, responses are cut at `--max-new-tokens`. Writes
+Questions are picked by hash, prompts are the domain's own (`--no-examples` leaves out its worked examples), responses are cut at
+`--max-new-tokens`. Writes
 tests/benchmarks/results/domains_smollm2.json: accuracy with its 95 % interval (Wilson), by data set. A model of this size is near
 zero on most of them; the point is the path, and a figure that a larger model can be held against.
 """
@@ -53,7 +54,8 @@ def single_turn(domain: str, model: Any, tokenizer: Any, arguments: argparse.Nam
         scores = rewards.score(rows, responses)
         accuracy = sum(scores) / len(rows)
         low, high = wilson(accuracy, len(rows))
-        entry = {"domain": domain, "data_set": source["name"], "questions": len(rows), "dropped_too_long": len(dropped)}
+        entry = {"domain": domain, "data_set": source["name"], "examples": len(prompts.example_turns(rows[0], config.prompt))}
+        entry |= {"max_new_tokens": arguments.max_new_tokens, "questions": len(rows), "dropped_too_long": len(dropped)}
         entry |= {"accuracy": round(accuracy, 4), "low": round(low, 4), "high": round(high, 4), "reward": rows[0]["reward"]}
         entry |= {
             "seconds": round(time.perf_counter() - started, 1),
@@ -68,7 +70,7 @@ def configuration(domain: str, source: dict[str, Any], arguments: argparse.Names
     """The domain's own prompt; the source as an out-of-domain test, which is what it is for this model."""
     unused = {"kind": "reasoning_gym", "name": "gcd", "size": 1}
     data = {"folder": arguments.data, "train": [unused], "ood_test": [source]}
-    prompt = {"domain": domain, "too_long": "drop"}
+    prompt = {"domain": domain, "too_long": "drop"} | ({"examples": []} if arguments.no_examples else {})
     return parse_config({"model": MODEL, "home": arguments.home, "seed": 1, "data": data, "prompt": prompt})
 
 
@@ -80,19 +82,24 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=48, help="questions of each data set")
     parser.add_argument("--domains", nargs="+", default=list(RUNNERS), choices=list(RUNNERS), help="domains to run")
     parser.add_argument("--max-new-tokens", type=int, default=192, help="longest response")
+    parser.add_argument("--no-examples", action="store_true", help="questions alone, without the domain's worked examples")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts at once")
     parser.add_argument("--home", default="~/.dfpo", help="folder of the converted model")
     parser.add_argument("--data", default=os.environ.get("DFPO_DATA_DIR", ""), help="folder with the data files")
     arguments = parser.parse_args()
     model, tokenizer = models.load_policy(MODEL, Path(arguments.home).expanduser())
-    settings = {"model": MODEL, "questions": arguments.questions, "max_new_tokens": arguments.max_new_tokens, "decoding": "greedy"}
-    known = json.loads(OUTPUT.read_text())["results"] if OUTPUT.exists() else []
-    results = [entry for entry in known if entry["domain"] not in arguments.domains]
+    known = json.loads(OUTPUT.read_text(encoding="utf-8"))["results"] if OUTPUT.exists() else []
+    results = {place(entry): entry for entry in known}
     for domain in arguments.domains:
         domains.registry.get(domain)  # an unknown name is one line
-        results += RUNNERS[domain](domain, model, tokenizer, arguments)
-    results.sort(key=lambda entry: (entry["domain"], entry["data_set"]))
-    OUTPUT.write_text(json.dumps({"settings": settings, "results": results}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        results |= {place(entry): entry for entry in RUNNERS[domain](domain, model, tokenizer, arguments)}
+        document = {"model": MODEL, "decoding": "greedy", "results": [results[key] for key in sorted(results)]}
+        OUTPUT.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def place(entry: dict[str, Any]) -> tuple[str, str, int]:
+    """What a later run of the same thing replaces."""
+    return entry["domain"], entry["data_set"], entry["examples"]
 
 
 if __name__ == "__main__":
