@@ -1,13 +1,18 @@
 """Algorithms resolve to checked triples; nonsense is refused with the field and the reason."""
 
+import re
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 
 from dfpo_core import algorithms
 from dfpo_core.config import TrainConfig
 from dfpo_core.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -87,3 +92,27 @@ def test_the_kl_weight_of_the_loss_comes_from_the_training_config():
 def test_a_name_is_checked_without_torch():
     code = "import sys; from dfpo_core import algorithms; algorithms.check_name('dfpo'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_page_of_algorithms_has_every_one_with_its_file_and_source():
+    page = (ROOT / "dfpo_core" / "algorithms" / "README.md").read_text(encoding="utf-8")
+    rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `") and "train.algorithm" not in row}
+    assert set(rows) == set(algorithms.registry.names)
+    for name, row in rows.items():
+        assert f"[{name}.py]({name}.py)" in row
+        assert re.search(r"arXiv [0-9.]+", row)[0] in registry_citation(name)
+    for link in re.findall(r"\]\(([^)#]+)\)", page):
+        assert (ROOT / "dfpo_core" / "algorithms" / link).exists(), link
+
+
+def registry_citation(name: str) -> str:
+    return algorithms.registry.get(name).citation
+
+
+def test_the_example_of_a_new_algorithm_resolves():
+    page = (ROOT / "dfpo_core" / "algorithms" / "README.md").read_text(encoding="utf-8")
+    example = textwrap.dedent(re.search(r" *```python\n(.*?)```", page, re.DOTALL)[0]).strip("`").removeprefix("python")
+    code = f"{example}\nfrom dfpo_core.critics import registry\nentry = registry.get(QuantilePPO.critic)\n"
+    code += "print(entry.config_class(**QuantilePPO.critic_options).quantiles)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.strip() == "64", done.stderr
