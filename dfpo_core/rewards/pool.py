@@ -23,6 +23,7 @@ from dfpo_core.config import RewardsConfig
 
 _START_SECONDS = 120.0  # to import the checker, on a busy machine
 _STARTING = -1
+_MOST_FAILED_STARTS = 5
 _GRACE_SECONDS = 30.0  # beyond the time limit, for a worker that does not even report a kill
 
 _pools: dict[tuple[str, RewardsConfig], Pool] = {}
@@ -129,6 +130,7 @@ class Pool:
         self.size = limits.workers or _cores()
         self.workers: list[_Worker] = []
         self.next_task = 0
+        self.failed_starts = 0
 
     def run(self, arguments: list[list[Any]]) -> tuple[list[float], Counter[str]]:
         """The values, 0.0 for failed checks, and how many failed by reason."""
@@ -166,11 +168,14 @@ class Pool:
         """(task, reply) of what a worker has finished. One that is gone has lost its task, and is removed."""
         replies = worker.replies()
         if replies is None:
-            if worker.task == _STARTING:
-                self.close()
-                raise RuntimeError(f"a process to check answers with {self.function} does not start; its error is above")
             self._remove(worker)
-            return [] if worker.task is None else [(worker.task, {"failure": "crashed"})]
+            if worker.task == _STARTING:
+                self.failed_starts += 1
+                # Killed at its start (returncode below 0) it is tried again; an error of its own would only repeat.
+                if worker.process.returncode >= 0 or self.failed_starts == _MOST_FAILED_STARTS:
+                    self.close()
+                    raise RuntimeError(f"a process to check answers with {self.function} does not start; its error is above")
+            return [(worker.task, {"failure": "crashed"})] if worker.task is not None else []
         finished = []
         for reply in replies:
             if worker.task is not None and reply.get("id", worker.task) == worker.task:
