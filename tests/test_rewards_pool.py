@@ -50,7 +50,7 @@ def check(what, value=0.0):
         Path(value).write_text("was here")
     if what == "print":
         print("{}", flush=True)
-    if what == "slow start of the parent":
+    if what == "sleep":
         time.sleep(value)
     return value if isinstance(value, float) else 1.0
 """
@@ -105,20 +105,25 @@ def test_preparing_does_not_count_against_the_limit():
     assert run(["slow to prepare", 0.5]) == [0.5]
 
 
-def test_a_killed_worker_is_replaced_between_and_during_batches():
-    assert run(["ok", 1.0], ["ok", 1.0]) == [1.0, 1.0]
-    for worker in workers():
-        worker.kill()
-    assert run(*[["ok", 0.5]] * 4) == [0.5] * 4
-    assert pool.take_failures() == {}
+@pytest.mark.parametrize("victim", ["worker", "its child"])
+def test_what_the_system_kills_is_replaced_between_and_during_batches(victim):
+    """As the kernel does when memory runs out. The answers in hand are checked again: it was no fault of theirs."""
+    patient = RewardsConfig(time_limit_seconds=20, workers=2)
 
-    victims = list(workers())
-    killer = threading.Timer(0.2, lambda: [victim.kill() for victim in victims])
+    def kill():
+        parents = psutil.Process().children()
+        for process in parents if victim == "worker" else [child for parent in parents for child in parent.children()]:
+            process.kill()
+
+    assert run(["ok", 1.0], ["ok", 1.0], limits=patient) == [1.0, 1.0]
+    kill()
+    assert run(*[["ok", 0.5]] * 4, limits=patient) == [0.5] * 4
+    assert run(["ok", 1.0], ["ok", 1.0], limits=patient) == [1.0, 1.0]
+    killer = threading.Timer(0.2, kill)
     killer.start()
-    values = run(["slow start of the parent", 0.25], ["slow start of the parent", 0.25], *[["ok", 0.5]] * 4, limits=LIMITS)
+    assert run(["sleep", 0.6], ["sleep", 0.7], ["ok", 0.5], limits=patient) == [0.6, 0.7, 0.5]
     killer.join()
-    assert values[2:] == [0.5] * 4
-    assert sum(pool.take_failures().values()) == values.count(0.0)
+    assert pool.take_failures() == {}
 
 
 def test_a_checker_that_cannot_be_imported_is_an_error_and_not_a_score():

@@ -133,11 +133,11 @@ class Pool:
         self.failed_starts = 0
 
     def run(self, arguments: list[list[Any]]) -> tuple[list[float], Counter[str]]:
-        """The values, 0.0 for failed checks, and how many failed by reason."""
+        """The values, 0.0 for failed checks, and how many failed by reason. What crashes its process is tried once more."""
         values, failures, waiting = [0.0] * len(arguments), Counter(), deque(range(len(arguments)))
         first = self.next_task  # numbers are never used twice, so that a late reply is known as such
         self.next_task += len(arguments)
-        left = len(arguments)
+        left, crashed_once = len(arguments), set()
         with selectors.DefaultSelector() as selector:
             for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
                 self._remove(worker)
@@ -153,7 +153,10 @@ class Pool:
                         worker.send(first + index, arguments[index], self.limits.time_limit_seconds + _GRACE_SECONDS)
                 for key, _ in selector.select(timeout=1.0):
                     for task, reply in self._finished(key.data):
-                        if task >= first:
+                        if task >= first and reply.get("failure") == "crashed" and task not in crashed_once:
+                            crashed_once.add(task)  # perhaps no fault of the answer: the system may have killed the process
+                            waiting.append(task - first)
+                        elif task >= first:
                             left -= 1
                             values[task - first] = reply.get("value", 0.0)
                             failures.update([reply["failure"]] if "failure" in reply else [])
