@@ -77,6 +77,19 @@ def test_the_clean_reward_is_logged_beside_the_noisy_one_that_trains(tmp_path, w
     assert batch.rewards.tolist() != batch.clean_rewards.tolist()
 
 
+def test_a_reward_of_its_own_trains_and_the_rows_reward_stays_beside_it(tmp_path, warm):
+    parts = [{"name": "row", "weight": 1}, {"name": "exact", "weight": 0.25}]
+    trainer = trainer_of(tmp_path, warm, prompts_per_step=16, minibatches=1, reward={"name": "weighted", "parts": parts})
+    batch, texts = trainer.sample()
+    rows = {row["row_id"]: row for row in rows_of_sums()}
+    plain = [k for k, text in enumerate(texts) if text.isdigit() and str(int(text)) == text]
+    assert len(plain) > 10
+    expected = [1.25 * (texts[k] == rows[batch.row_ids[k]]["label"]) for k in plain]
+    assert [batch.rewards[k].item() for k in plain] == expected and any(expected)
+    assert set(batch.clean_rewards.tolist()) <= {0.0, 1.0}
+    assert trainer.rollout_metrics(batch)["reward/failed_checks"] == 0.0
+
+
 @pytest.mark.parametrize("algorithm", sorted(algorithms.registry.names))
 def test_three_steps_of_every_algorithm_move_the_weights_that_they_should(tmp_path, warm, algorithm):
     trainer = trainer_of(tmp_path, warm, algorithm=algorithm, minibatches=2, prompts_per_step=16, learning_rate=1e-3)

@@ -32,7 +32,7 @@ def tidy(text: str) -> str:
     """The same formula without what only sets type: delimiters, \\left, thin spaces, sizes of fractions, surplus space, a full stop."""
     text = ascii_digits(text).replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cfrac", "\\frac")
     text = _DROPPED.sub("", re.sub(r",\s*\\!\s*", ",", text))
-    return _SPACE.sub(" ", text).strip(" .,;")
+    return _trimmed(_SPACE.sub(" ", text))
 
 
 def spelling(text: str) -> str:
@@ -47,7 +47,11 @@ def is_name(text: str) -> bool:
 
 def without_units(text: str) -> str:
     """Without degrees, percent and `\\text{...}` that names a unit; text that holds a digit, or a word that is no unit, stays."""
-    return _DEGREES_AND_PERCENT.sub("", _TEXT.sub(_unit, text)).strip(" .,;")
+    return _trimmed(_DEGREES_AND_PERCENT.sub("", _TEXT.sub(_unit, text)))
+
+
+def _trimmed(text: str) -> str:
+    return text.rstrip(" .,;").lstrip(" ")  # a point in front is a decimal point: .75
 
 
 def _unit(match: re.Match[str]) -> str:
@@ -78,9 +82,10 @@ def plain(text: str) -> Plain | None:
     *left, text = without_units(text).split("=")
     if not all(is_name(side) or not re.search(r"[A-Za-z,;]", re.sub(r"\\[A-Za-z]+", "", side)) for side in left):
         return None
-    text = _FRACTION.sub(lambda match: f"({match[1] or match[2]}/{match[3] or match[4]})", text.strip(" .,;"))
-    inner = re.fullmatch(r"\{([^{}]*)\}|\(([^()/]*)\)", text)
-    match = _PLAIN.fullmatch((inner[1] or inner[2] or "").strip() if inner else text)
+    text = _FRACTION.sub(lambda match: f"({match[1] or match[2]}/{match[3] or match[4]})", _trimmed(text))
+    while inner := re.fullmatch(r"\{([^=]*)\}|\(([^()/]*)\)", text):
+        text = (inner[1] or inner[2] or "").strip()
+    match = _PLAIN.fullmatch(text)
     if not match or _NOT_A_UNIT & {word.lower() for word in match[8].split()}:
         return None
     sign, number, whole = match[1], match[2], match[3] or "0"
@@ -101,7 +106,7 @@ def plain(text: str) -> Plain | None:
 _TOKEN = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+|\\[A-Za-z]+|\\[{}]|[A-Za-z]|[-+*/^_(){}\[\],!])")
 _NO_VALUE = re.compile(r"\\cup(?![A-Za-z])|\\begin|\\pm(?![A-Za-z])|[=<>]|\\(?:leq?|geq?|neq?|in)(?![A-Za-z])")
 _MATRIX = re.compile(r"\\(?:begin|end)\s*\{[pb]matrix\}")
-_LETTERS = {"\\pi": cmath.pi, "e": cmath.e, "\\infty": 1e100}
+_LETTERS = {"\\pi": cmath.pi, "e": cmath.e, "i": 1j, "\\infty": 1e100}
 _MULTIPLY = {"*", "\\cdot", "\\times"}
 _GREEK = {f"\\{name}" for name in ["alpha", "beta", "gamma", "delta", "theta", "phi", "lambda", "mu", "omega", "sigma", "rho"]}
 _LONGEST_FORMULA = 300  # characters; also bounds the depth of the recursion

@@ -1,4 +1,4 @@
-"""math: the final answer, in LaTeX or plain text, has the wanted value, by math-verify (https://github.com/huggingface/Math-Verify).
+r"""math: the final answer, in LaTeX or plain text, has the wanted value, by math-verify (https://github.com/huggingface/Math-Verify).
 
 The final answer is found as everywhere (`answers`), but fenced code holds none unless it is the whole response, and a response without
 a mark may give it as its only formula. Then:

@@ -23,6 +23,7 @@ from dfpo_core.config import RewardsConfig
 
 _START_SECONDS = 120.0  # to import the checker, on a busy machine
 _STARTING = -1
+_MOST_FAILED_STARTS = 5
 _GRACE_SECONDS = 30.0  # beyond the time limit, for a worker that does not even report a kill
 
 _pools: dict[tuple[str, RewardsConfig], Pool] = {}
@@ -129,13 +130,14 @@ class Pool:
         self.size = limits.workers or _cores()
         self.workers: list[_Worker] = []
         self.next_task = 0
+        self.failed_starts = 0
 
     def run(self, arguments: list[list[Any]]) -> tuple[list[float], Counter[str]]:
-        """The values, 0.0 for failed checks, and how many failed by reason."""
+        """The values, 0.0 for failed checks, and how many failed by reason. What crashes its process is tried once more."""
         values, failures, waiting = [0.0] * len(arguments), Counter(), deque(range(len(arguments)))
         first = self.next_task  # numbers are never used twice, so that a late reply is known as such
         self.next_task += len(arguments)
-        left = len(arguments)
+        left, crashed_once = len(arguments), set()
         with selectors.DefaultSelector() as selector:
             for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
                 self._remove(worker)
@@ -151,7 +153,10 @@ class Pool:
                         worker.send(first + index, arguments[index], self.limits.time_limit_seconds + _GRACE_SECONDS)
                 for key, _ in selector.select(timeout=1.0):
                     for task, reply in self._finished(key.data):
-                        if task >= first:
+                        if task >= first and reply.get("failure") == "crashed" and task not in crashed_once:
+                            crashed_once.add(task)  # perhaps no fault of the answer: the system may have killed the process
+                            waiting.append(task - first)
+                        elif task >= first:
                             left -= 1
                             values[task - first] = reply.get("value", 0.0)
                             failures.update([reply["failure"]] if "failure" in reply else [])
@@ -166,11 +171,14 @@ class Pool:
         """(task, reply) of what a worker has finished. One that is gone has lost its task, and is removed."""
         replies = worker.replies()
         if replies is None:
-            if worker.task == _STARTING:
-                self.close()
-                raise RuntimeError(f"a process to check answers with {self.function} does not start; its error is above")
             self._remove(worker)
-            return [] if worker.task is None else [(worker.task, {"failure": "crashed"})]
+            if worker.task == _STARTING:
+                self.failed_starts += 1
+                # Killed at its start (returncode below 0) it is tried again; an error of its own would only repeat.
+                if worker.process.returncode >= 0 or self.failed_starts == _MOST_FAILED_STARTS:
+                    self.close()
+                    raise RuntimeError(f"a process to check answers with {self.function} does not start; its error is above")
+            return [(worker.task, {"failure": "crashed"})] if worker.task is not None else []
         finished = []
         for reply in replies:
             if worker.task is not None and reply.get("id", worker.task) == worker.task:

@@ -9,7 +9,7 @@ from typing import Any
 
 from math_verify import parse, verify
 from math_verify.parser import LatexExtractionConfig
-from sympy import Add, Basic, Expr, Float, Integer, Mul, Pow, Rational, preorder_traversal
+from sympy import Add, Basic, Expr, Float, Integer, Mul, Number, Pow, Rational, preorder_traversal
 from sympy.core.function import Application
 from sympy.core.relational import Relational
 
@@ -39,11 +39,12 @@ def equal(wanted: str, given: str) -> bool:
 
     Decimals are exact: math-verify rounds them to six places, which makes 0.0000001 equal to 2^{-30}.
     """
-    target, answer = _parsed(wanted), [_exact(part) for part in _parsed(given)]
-    if not target or not answer:
+    raw_target, raw_answer = _parsed(wanted), _parsed(given)
+    if not raw_target or not raw_answer:
         return False
+    target, answer = [[_exact(part) for part in parts] for parts in (raw_target, raw_answer)]
     if isinstance(target[0], Basic) and isinstance(answer[0], Basic):
-        if _unfinished(answer[0]) - _unfinished(target[0]) or _certainly_differ(target[0], answer[0]):
+        if _unfinished(raw_answer[0]) - _unfinished(raw_target[0]) or _certainly_differ(target[0], answer[0]):
             return False
         if isinstance(target[0], Relational) and target[0].free_symbols != answer[0].free_symbols and isinstance(answer[0], Relational):
             return False
@@ -54,7 +55,7 @@ def equal(wanted: str, given: str) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _parsed(formula: str) -> list[Any]:
     """[expression, text], or less where math-verify cannot parse it."""
-    return [_exact(part) for part in parse(f"${formula}$", _EXTRACTION, parsing_timeout=None)]
+    return parse(f"${formula}$", _EXTRACTION, parsing_timeout=None)
 
 
 def _exact(part: Any) -> Any:
@@ -68,7 +69,7 @@ def _unfinished(expression: Basic) -> set[str]:
     for node in preorder_traversal(expression):
         if isinstance(node, Add) and sum(_is_number(part) for part in node.args) > 1:
             kinds.add("sum")
-        elif isinstance(node, Mul) and sum(isinstance(part, Integer) and part not in (1, -1) for part in node.args) > 1:
+        elif isinstance(node, Mul) and sum(isinstance(part, Integer | Float) and part not in (1, -1) for part in node.args) > 1:
             kinds.add("product")
         elif isinstance(node, Pow) and all(isinstance(part, Integer) for part in node.args) and node.exp > 1:
             kinds.add("power")
@@ -82,7 +83,7 @@ def _unfinished(expression: Basic) -> set[str]:
 def _is_number(part: Basic) -> bool:
     if isinstance(part, Mul):
         return all(_is_number(factor) or (isinstance(factor, Pow) and _is_number(factor.base) and factor.exp == -1) for factor in part.args)
-    return isinstance(part, Rational)
+    return isinstance(part, Number)
 
 
 def _is_square(number: int) -> bool:

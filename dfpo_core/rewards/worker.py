@@ -28,25 +28,27 @@ _FINISHED = 64  # exit status of a child whose input ended
 def main(function_path: str, time_limit: float) -> None:
     """Serve until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes our input
-    requests, replies = os.dup(0), os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what a checker prints must not look like a reply
+    requests, replies, nothing = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)  # what a checker prints must not look like a reply
     module_name, _, name = function_path.partition(":")
     module = importlib.import_module(module_name)
     module.warm_up()
-    _send(replies, {"ready": True})
+    message: dict = {"ready": True}
     while True:
+        try:
+            _send(replies, message)
+        except BrokenPipeError:
+            return
         child = os.fork()
         if child == 0:
+            os.dup2(nothing, 2)
             _serve(getattr(module, name), module.prepare, time_limit, requests, replies)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == _FINISHED:
             return
         timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-        try:
-            _send(replies, {"failure": "time limit" if timed_out else "crashed"})
-        except BrokenPipeError:
-            return
+        message = {"failure": "time limit" if timed_out else "crashed"}
 
 
 def _serve(function: Callable, prepare: Callable, time_limit: float, requests: int, replies: int) -> None:
