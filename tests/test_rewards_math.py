@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dfpo_core.config import RewardsConfig
 from dfpo_core.rewards import latex, pool, score
 from dfpo_core.rewards.math import decide, final_formula
 
@@ -25,8 +26,11 @@ PIECES = [
 OPTIONS = {"choices": ["a cat", "a dog", "a cow", "a hen"], "choice_labels": ["A", "B", "C", "D"]}
 
 
+PATIENT = RewardsConfig(time_limit_seconds=10)  # a right answer must not score 0 because the machine is busy
+
+
 def math(wanted, *responses, question=""):
-    return score([{"reward": "math", "answer": wanted, "question": question}] * len(responses), list(responses))
+    return score([{"reward": "math", "answer": wanted, "question": question}] * len(responses), list(responses), limits=PATIENT)
 
 
 def boxed(text):
@@ -35,10 +39,11 @@ def boxed(text):
 
 def test_no_adversarial_answer_raises_or_gets_another_score_than_its_own():
     assert len(CORPUS) >= 700 and {case["reward"] for case in CORPUS} == {"math", "number", "choice", "exact"}
-    rows = [{"reward": case["reward"], "answer": case["wanted"], **OPTIONS} for case in CORPUS]
-    scores = score(rows, [case["response"] for case in CORPUS])
-    wrong = [case | {"got": got} for case, got in zip(CORPUS, scores, strict=True) if got != case["score"]]
-    assert wrong == []
+    for wanted, limits in ((0, RewardsConfig()), (1, PATIENT)):
+        cases = [case for case in CORPUS if case["score"] == wanted]
+        rows = [{"reward": case["reward"], "answer": case["wanted"], **OPTIONS} for case in cases]
+        scores = score(rows, [case["response"] for case in cases], limits=limits)
+        assert [case | {"got": got} for case, got in zip(cases, scores, strict=True) if got != wanted] == []
 
 
 @pytest.mark.parametrize("kind", ["math", "number", "exact", "choice"])
@@ -141,7 +146,7 @@ def test_the_final_formula_is_found(response, formula):
 
 def test_the_label_that_training_sees_is_scored_on_request():
     row = {"reward": "math", "answer": "\\sqrt{2}", "label": "\\sqrt{3}"}
-    assert score([row] * 2, ["\\boxed{\\sqrt 2}", "\\boxed{\\sqrt 3}"], "label") == [0.0, 1.0]
+    assert score([row] * 2, ["\\boxed{\\sqrt 2}", "\\boxed{\\sqrt 3}"], "label", PATIENT) == [0.0, 1.0]
 
 
 def test_every_response_is_scored_alone():
@@ -167,7 +172,8 @@ def real_rows(limit=None):
 @REAL
 def test_every_answer_of_math_is_right_for_its_own_question():
     rows = real_rows()
-    wrong = [row["answer"] for row, got in zip(rows, score(rows, [boxed(row["answer"]) for row in rows]), strict=True) if got != 1.0]
+    scores = score(rows, [boxed(row["answer"]) for row in rows], limits=PATIENT)
+    wrong = [row["answer"] for row, got in zip(rows, scores, strict=True) if got != 1.0]
     assert len(rows) == 7970 and wrong == []
 
 

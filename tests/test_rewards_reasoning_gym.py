@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from dfpo_core.config import SourceConfig
+from dfpo_core.config import RewardsConfig, SourceConfig
 from dfpo_core.errors import UserError
 from dfpo_core.rewards import pool, score
+
+PATIENT = RewardsConfig(time_limit_seconds=10)  # a right answer must not score 0 because the machine is busy
 
 pytest.importorskip("reasoning_gym")
 
@@ -37,7 +39,7 @@ def row(family, question, answer, metadata, **columns):
     "form", ["{}", "  {}\n", "I think so.\n<answer>{}</answer>", "<answer>nothing</answer> No: <answer>\n{}\n</answer> Done."]
 )
 def test_every_familys_own_answer_is_right(rows, form):
-    assert score(rows, [form.format(row["answer"]) for row in rows]) == [1.0] * len(rows)
+    assert score(rows, [form.format(row["answer"]) for row in rows], limits=PATIENT) == [1.0] * len(rows)
 
 
 @pytest.mark.parametrize(
@@ -49,32 +51,33 @@ def test_garbage_and_programs_are_wrong_and_do_nothing(rows, answer, tmp_path):
     file = tmp_path / "written"
     answer = answer.replace("FILE", str(file))
     usual = [row for row in rows if row["answer"] != answer]
-    assert score(usual, [answer] * len(usual)) == [0.0] * len(usual)
+    assert score(usual, [answer] * len(usual), limits=PATIENT) == [0.0] * len(usual)
     assert not file.exists()
 
 
 def test_another_right_answer_is_right_and_a_partly_right_one_is_not():
     """4, 6 and 10 make 20 in two ways; 19 is close, which the family's scorer gives a part of the credit for."""
     countdown = row("countdown", "Make 20 of 4, 6, 10.", "4 + 6 + 10", {"numbers": [4, 6, 10], "target": 20, "expression": "4 + 6 + 10"})
-    assert score([countdown] * 5, ["10 + 6 + 4", "\\boxed{6 + 10 + 4}", "4 + 6 + 9", "10 + 10", "20"]) == [1.0, 1.0, 0.0, 0.0, 0.0]
+    answers = ["10 + 6 + 4", "\\boxed{6 + 10 + 4}", "4 + 6 + 9", "10 + 10", "20"]
+    assert score([countdown] * 5, answers, limits=PATIENT) == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
 def test_a_scorer_that_likes_nonsense_decides_nothing():
     """game_of_life_halting gives 1 to anything but the word True where the answer is False."""
     halting = row("game_of_life_halting", "Does it halt?", "False", {})
-    assert score([halting] * 3, ["purple", "False", "True"]) == [0.0, 1.0, 0.0]
+    assert score([halting] * 3, ["purple", "False", "True"], limits=PATIENT) == [0.0, 1.0, 0.0]
 
 
 def test_in_training_a_wrong_label_is_what_counts():
     sums = row("chain_sum", "1+1", "2", {}, label="3")
-    assert score([sums] * 2, ["3", "2"], "label") == [1.0, 0.0]
-    assert score([sums] * 2, ["3", "2"], "answer") == [0.0, 1.0]
+    assert score([sums] * 2, ["3", "2"], "label", limits=PATIENT) == [1.0, 0.0]
+    assert score([sums] * 2, ["3", "2"], "answer", limits=PATIENT) == [0.0, 1.0]
 
 
 def test_a_scorer_that_raises_is_counted():
     pool.take_failures()
     primes = row("prime_factorization", "Factor 6.", "2 × 3", {"number": 6, "factors": [2, 3]})
-    assert score([primes] * 2, ["3 × 2", "purple"]) == [1.0, 0.0]
+    assert score([primes] * 2, ["3 × 2", "purple"], limits=PATIENT) == [1.0, 0.0]
     assert pool.take_failures() == {"raised": 1}
 
 
