@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     ui = add("ui", open_ui, "serve the MLflow UI of the local store", default_config=True)
     ui.add_argument("--port", type=int, default=5000, help="port on this machine (5000)")
     ui.add_argument("--dry-run", action="store_true", help="print the command instead")
-    add("doctor", doctor, "versions, threads, disk, model cache and tracking store", default_config=True)
+    add("doctor", doctor, "versions, accelerators, threads, disk, caches and tracking store", default_config=True)
     printing = add("config", show_config, "the resolved configuration, as the pipeline's JSON or with descriptions", default_config=True)
     printing.add_argument("--describe", action="store_true", help="every field with its value and description")
     return parser
@@ -397,13 +397,15 @@ def doctor(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     for package, version in preflight.installed_versions().items():
         print(f"{package:<14} {version}")
+    print(f"{'accelerators':<14} {', '.join(preflight.accelerators()) or 'none'}")
     print(f"{'cpus':<14} {os.cpu_count()}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}, threads={config.threads}")
     folder = next(path for path in (config.home_path, *config.home_path.parents) if path.exists())
     print(f"{'home':<14} {config.home_path}, {shutil.disk_usage(folder).free / 2**30:.1f} GiB free")
     cached = sorted(path.name for path in (config.home_path / "models").glob("*")) or ["none"]
     print(f"{'models cached':<14} {', '.join(cached)}")
     print(f"{'tracking':<14} {config.tracking_uri}")
-    problems = preflight.check(config)
+    print(f"{'user':<14} uid {os.getuid()}, gid {os.getgid()}")
+    problems = preflight.check(config) + preflight.check_cache_folders()
     for problem in problems:
         print(f"problem: {problem}")
     print("ready" if not problems else f"{len(problems)} problem(s)")
