@@ -78,7 +78,7 @@ for kind in cpu gpu; do
 
   # The build leaves behind no wheels, no pip configuration, and the certificates of its base.
   # shellcheck disable=SC2016
-  strict "dfpo-$kind:proof" sh -c '[ -z "$(ls -A /images /source /etc/pip.conf 2> /dev/null)" ]' || fail "the build left files behind"
+  strict "dfpo-$kind:proof" sh -c '[ -z "$(find /images /source /etc/pip.conf -type f 2> /dev/null)" ]' || fail "the build left files behind"
   authorities() { docker run --rm --network none --user "$uid" "$1" sh -c 'find /etc/ssl /usr/share/ca-certificates /usr/local/share/ca-certificates -type f -exec sha256sum {} + 2> /dev/null | sort'; }
   if [ -n "$base" ]; then
     diff <(authorities "$base") <(authorities "dfpo-$kind:proof") > /dev/null || fail "the certificates differ from the base's"
