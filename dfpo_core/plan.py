@@ -49,9 +49,12 @@ def architecture_of(config: PipelineConfig, model_config: str = "") -> Architect
     models.check_reference(reference)
     if reference.startswith("scratch:"):
         shape = models.PRESETS[reference.removeprefix("scratch:")]
-        return _from_values(shape | {"vocab_size": models.CHARACTERS, "tie_word_embeddings": True}, reference, "model")
-    if reference.startswith("pkg:") or reference.endswith(".gguf"):
-        return _from_gguf(models.gguf_file(reference))
+        fixed = {"vocab_size": len(models.character_tokenizer()), "tie_word_embeddings": True}
+        return _from_values(shape | fixed, reference, "model")
+    if reference.startswith("pkg:"):
+        return _from_gguf(models.packaged_file(reference.removeprefix("pkg:")))
+    if reference.endswith(".gguf"):
+        return _from_gguf(Path(reference).expanduser())
     folder = Path(reference).expanduser()
     if not folder.is_dir():
         raise UserError(
