@@ -123,3 +123,46 @@ def parameters(shape: ArchitectureConfig) -> int:
     """Weights of the whole model; a tied output layer counts once."""
     embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
     return embeddings + shape.num_hidden_layers * layer_parameters(shape)[1] + shape.hidden_size
+
+
+# ---------------------------------------------------------------------------------------------------------- the critic's head
+
+
+@dataclass(frozen=True)
+class Head:
+    """A critic's head: its parameters, and the bytes that a token takes at the peak of each of its calls."""
+
+    parameters: int
+    trained: int
+    samples: int
+    reading: int
+    uncertainty: int
+    loss: int
+
+
+def head_of(name: str, options: Any, hidden_size: int) -> Head:
+    """Counted by running the head on a few random tokens, since every critic is different and every head is small."""
+    import torch
+
+    from dfpo_core import critics
+    from dfpo_core.types import CriticBatch
+
+    head = critics.registry.get(name)(hidden_size, options)
+
+    def peaks(rows: int) -> list[int]:
+        hidden = torch.randn(rows, 16, hidden_size)
+        rewards, mask = torch.zeros(2, rows, 16)[0], torch.ones(rows, 16)
+        with PeakBytes() as reading:
+            returns = head.sample_returns(hidden)
+            head.value(hidden)
+        with PeakBytes() as uncertainty:
+            head.uncertainty(hidden)
+        with PeakBytes() as loss:
+            levels = torch.Generator().manual_seed(0)
+            batch = CriticBatch(hidden.requires_grad_(), hidden.detach(), rewards, mask, float(mask.sum()), returns, levels)
+            head.loss(batch).loss.backward()
+        return [returns.shape[-1], reading.peak, uncertainty.peak, loss.peak]
+
+    few, more = peaks(2), peaks(4)
+    counts = [parameter.numel() for parameter in head.parameters()], [p.numel() for p in head.parameters() if p.requires_grad]
+    return Head(sum(counts[0]), sum(counts[1]), few[0], *((b - a) // 32 for a, b in zip(few[1:], more[1:], strict=True)))
