@@ -130,7 +130,7 @@ def parameters(shape: ArchitectureConfig) -> int:
 
 @dataclass(frozen=True)
 class Head:
-    """A critic's head: its parameters, and the bytes that a token takes at the peak of each of its calls."""
+    """A critic's head: its parameters, its return samples, and the bytes a token takes at the peak of each of its calls."""
 
     parameters: int
     trained: int
@@ -141,28 +141,229 @@ class Head:
 
 
 def head_of(name: str, options: Any, hidden_size: int) -> Head:
-    """Counted by running the head on a few random tokens, since every critic is different and every head is small."""
+    """Counted by running the head on a few random tokens: every critic is different, and every head is small."""
     import torch
 
     from dfpo_core import critics
+    from dfpo_core.peak_bytes import PeakBytes
     from dfpo_core.types import CriticBatch
 
     head = critics.registry.get(name)(hidden_size, options)
 
     def peaks(rows: int) -> list[int]:
-        hidden = torch.randn(rows, 16, hidden_size)
-        rewards, mask = torch.zeros(2, rows, 16)[0], torch.ones(rows, 16)
+        hidden, rewards, mask = torch.randn(rows, 16, hidden_size), torch.zeros(rows, 16), torch.ones(rows, 16)
         with PeakBytes() as reading:
             returns = head.sample_returns(hidden)
             head.value(hidden)
         with PeakBytes() as uncertainty:
             head.uncertainty(hidden)
         with PeakBytes() as loss:
-            levels = torch.Generator().manual_seed(0)
-            batch = CriticBatch(hidden.requires_grad_(), hidden.detach(), rewards, mask, float(mask.sum()), returns, levels)
+            generator = torch.Generator().manual_seed(0)
+            batch = CriticBatch(hidden.clone().requires_grad_(), hidden, rewards, mask, float(mask.sum()), returns, generator)
             head.loss(batch).loss.backward()
-        return [returns.shape[-1], reading.peak, uncertainty.peak, loss.peak]
+        head.zero_grad()
+        return [reading.peak, uncertainty.peak, loss.peak]
 
-    few, more = peaks(2), peaks(4)
-    counts = [parameter.numel() for parameter in head.parameters()], [p.numel() for p in head.parameters() if p.requires_grad]
-    return Head(sum(counts[0]), sum(counts[1]), few[0], *((b - a) // 32 for a, b in zip(few[1:], more[1:], strict=True)))
+    with torch.random.fork_rng(devices=[]):
+        few, more = peaks(2), peaks(4)
+        samples = head.sample_returns(torch.zeros(1, 1, hidden_size)).shape[-1]
+    trained = sum(weight.numel() for weight in head.parameters() if weight.requires_grad)
+    return Head(sum(w.numel() for w in head.parameters()), trained, samples, *((b - a) // 32 for a, b in zip(few, more, strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------------- the train step
+
+
+@dataclass(frozen=True)
+class Work:
+    """The train step of a configuration as one GPU sees it."""
+
+    shape: ArchitectureConfig
+    critic_layers: int
+    head: Head | None
+    autocast: bool  # products in bf16 from fp32 weights
+    fused_attention: bool  # attention that keeps no scores
+    prompts: int  # a step
+    samples: int  # a prompt
+    minibatch_prompts: int
+    micro_prompts: int
+    updates: int  # optimizer steps a rollout
+    prompt_tokens: int
+    response_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on one GPU in each phase of a training step, by what they are for."""
+
+    work: Work
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def peak(self) -> int:
+        return max(self.totals.values())
+
+
+def plan(config: PipelineConfig, model_config: str = "") -> Plan:
+    """The plan of `config`. Raises UserError where the shape is not known, or the configuration cannot work."""
+    from dfpo_core import algorithms
+
+    shape, train = architecture_of(config, model_config), config.train
+    algorithm = algorithms.resolve(train)
+    if train.critic_layers > shape.num_hidden_layers:
+        problem = f"{train.critic_layers} is above the policy's {shape.num_hidden_layers} layers"
+        raise UserError("train.critic_layers", problem, f"use 0 to {shape.num_hidden_layers}")
+    name = algorithm.critic_name
+    on_gpu = config.cluster.gpu_count > 0
+    minibatch = train.prompts_per_step // train.minibatches
+    return estimate(
+        Work(
+            shape=shape,
+            critic_layers=(train.critic_layers or shape.num_hidden_layers) if name else 0,
+            head=head_of(name, algorithm.critic_config, shape.hidden_size) if name else None,
+            autocast=config.precision == "bf16" or (config.precision == "auto" and (on_gpu or _narrow_pays(shape.hidden_size))),
+            fused_attention=on_gpu,
+            prompts=train.prompts_per_step,
+            samples=train.samples_per_prompt,
+            minibatch_prompts=minibatch,
+            micro_prompts=min(train.micro_batch_prompts, minibatch),
+            updates=train.epochs * train.minibatches,
+            prompt_tokens=config.prompt.max_prompt_tokens,
+            response_tokens=train.max_new_tokens,
+        )
+    )
+
+
+def _narrow_pays(hidden_size: int) -> bool:
+    """What `precision: auto` chooses on this CPU."""
+    from contextlib import nullcontext
+
+    from dfpo_core.rollout import autocast
+
+    return not isinstance(autocast("auto", hidden_size, "cpu"), nullcontext)
+
+
+def estimate(work: Work) -> Plan:
+    """Bytes in each phase. Policy, reference and critic stay where they are all the time; the rest comes and goes."""
+    shape = work.shape
+    policy = parameters(shape)
+    backbone = work.critic_layers * layer_parameters(shape)[1] + shape.hidden_size if work.head else 0
+    critic, trained = (backbone + work.head.parameters, backbone + work.head.trained) if work.head else (0, 0)
+    resident = {
+        "policy weights": policy * FP32,
+        "policy optimizer": policy * ADAM,
+        "reference weights": policy * FP32,
+        "critic weights": critic * FP32,
+        "critic optimizer": trained * ADAM,
+    }
+    tokens = work.prompts * work.samples * work.response_tokens
+    # Ids, masks, log-probabilities, entropies, advantages of this step, and the figures' data of the last one.
+    kept = tokens * 64 + (tokens * (shape.hidden_size * FP32 + 3 * work.head.samples * FP32) if work.head else 0)
+    layers = shape.num_hidden_layers
+    narrow = _narrow_weights(work, layers, output_layer=True)
+    phases = {
+        "rollout": {"narrow weights": narrow, "KV cache": _cache(work, work.prompts), "activations": _decoding(work)},
+        # The reference always scores the rollout, the policy only where its weights move between updates.
+        "scores": {
+            "narrow weights": narrow * (work.updates > 1),
+            "KV cache": _cache(work, work.micro_prompts),
+            "activations": _scoring(work),
+            "rollout": kept,
+        },
+        "policy update": _update(work, layers, policy, head=0) | {"narrow weights": narrow, "rollout": kept},
+    }
+    if work.head:
+        parts = _update(work, work.critic_layers, trained, head=work.head.loss)
+        phases["critic reading"] = {"activations": tokens * max(work.head.reading, work.head.uncertainty), "rollout": kept}
+        phases["critic update"] = parts | {"narrow weights": _narrow_weights(work, work.critic_layers, False), "rollout": kept}
+    return Plan(work, {phase: resident | parts for phase, parts in phases.items()})
+
+
+def _widths(work: Work) -> tuple[int, int, int]:
+    """(hidden, all query heads, all key heads)."""
+    shape = work.shape
+    return shape.hidden_size, shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+
+
+def _narrow_weights(work: Work, layers: int, output_layer: bool) -> int:
+    """The bf16 copies of trained weights that autocast keeps from their first use to the backward pass."""
+    weights = layers * layer_parameters(work.shape)[0] + output_layer * work.shape.vocab_size * work.shape.hidden_size
+    return weights * BF16 * work.autocast
+
+
+def _key_value_bytes(work: Work) -> int:
+    """Bytes of one token's key and value in one layer: the rotation makes keys fp32 even under autocast."""
+    return _widths(work)[2] * (FP32 + (BF16 if work.autocast else FP32))
+
+
+def _cache(work: Work, prompts: int) -> int:
+    """Keys and values of `prompts` prompts with all their responses; one layer is there twice while it grows."""
+    span = prompts * work.samples * (work.prompt_tokens + work.response_tokens)
+    return span * _key_value_bytes(work) * (work.shape.num_hidden_layers + 1)
+
+
+def _repeated_heads(work: Work) -> int:
+    """Keys and values copied to every query head, floats a token; 0 where each query head has its own."""
+    return 2 * _widths(work)[1] * (work.shape.num_attention_heads > work.shape.num_key_value_heads)
+
+
+def _decoding(work: Work) -> int:
+    """Working set of the larger of reading the prompts and sampling one token of every sequence."""
+    hidden = work.shape.hidden_size
+    size, shape = (BF16 if work.autocast else FP32), work.shape
+    span, sequences = work.prompt_tokens + work.response_tokens, work.prompts * work.samples
+    prompt_tokens = work.prompts * work.prompt_tokens
+    reading = prompt_tokens * (3 * hidden * FP32 + (3 * shape.intermediate_size + _repeated_heads(work)) * size)
+    sampling = sequences * (shape.vocab_size * 20 + span * _repeated_heads(work) * size + hidden * 12)
+    if not work.fused_attention:
+        reading += 3 * prompt_tokens * shape.num_attention_heads * work.prompt_tokens * FP32
+        sampling += 3 * sequences * shape.num_attention_heads * span * FP32
+    return max(reading, sampling)
+
+
+def _scoring(work: Work) -> int:
+    """Working set of one micro-batch's log-probabilities without gradient, the cache aside: one layer, then the logits."""
+    hidden = work.shape.hidden_size
+    size, shape = (BF16 if work.autocast else FP32), work.shape
+    sequences = work.micro_prompts * work.samples
+    tokens, span = sequences * work.response_tokens, work.prompt_tokens + work.response_tokens
+    mlp, attention = tokens * 3 * shape.intermediate_size * size, sequences * span * _repeated_heads(work) * size
+    if not work.fused_attention:
+        attention += 3 * tokens * shape.num_attention_heads * span * FP32
+    return tokens * hidden * FP32 + max(max(mlp, attention) + tokens * 2 * hidden * FP32, tokens * shape.vocab_size * 4 * FP32)
+
+
+def _update(work: Work, layers: int, trained: int, head: int) -> dict[str, int]:
+    """Gradients and activations of an update of `layers` layers under the output layer (head 0) or a head of `head` bytes a token."""
+    shape, (hidden, queries, keys) = work.shape, _widths(work)
+    size = BF16 if work.autocast else FP32
+    sequences = work.micro_prompts * work.samples
+    prompts, responses = work.micro_prompts * work.prompt_tokens, sequences * (work.response_tokens - 1)
+    tokens, span = prompts + responses, work.prompt_tokens + work.response_tokens
+    # One layer, what the backward pass needs of a token: both norms' inputs and results in fp32, the inputs of the seven products
+    # (autocast casts one for each product), rotated queries, the attention's result, and four tensors of the MLP.
+    if work.autocast:
+        token_bytes = hidden * (4 * FP32 + 5 * BF16) + (2 * queries + 4 * shape.intermediate_size) * BF16
+    else:
+        token_bytes = (6 * hidden + 2 * queries + 4 * shape.intermediate_size) * FP32
+    token_bytes += shape.query_key_norm * (queries + keys) * (2 * FP32 if work.autocast else FP32)
+    # Every response has its own copy of its prompt's keys and values; keys that are not repeated are still cast.
+    cached = _key_value_bytes(work) + (_repeated_heads(work) or keys * work.autocast) * size
+    scores = shape.num_attention_heads * (prompts * work.prompt_tokens + responses * span)
+    layer = tokens * token_bytes + (prompts + sequences * span) * cached
+    layer += shape.num_attention_heads * tokens * FP32 if work.fused_attention else scores * (FP32 + (BF16 if work.autocast else 0))
+    working = max(prompts, responses) * 3 * shape.intermediate_size * size
+    if not work.fused_attention:
+        working += 2 * shape.num_attention_heads * responses * span * FP32
+    read = sequences * work.response_tokens
+    top = read * (hidden * 3 * FP32 + (head or shape.vocab_size * 18))
+    gradients = trained * FP32
+    if work.minibatch_prompts > work.micro_prompts:  # those of the earlier micro-batches are there from the start
+        return {"gradients": gradients, "activations": layers * layer + max(top, working)}
+    # Layer by layer the activations go and the gradients come: the peak is at the one end or the other.
+    start, end = layers * layer + max(top, working), layer + working
+    return {"gradients": gradients, "activations": max(start - gradients, end)}
