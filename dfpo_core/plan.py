@@ -1,9 +1,8 @@
-"""`dfpo plan`: what one GPU must hold in the train step, before anything is spent. Arithmetic on the model's shape, no weights, no network.
+"""`dfpo plan`: what one GPU must hold in the train step, before anything is spent. Arithmetic on the model's shape: no weights, no network.
 
-Everything is in bytes. Lengths are the worst case: prompts of prompt.max_prompt_tokens, responses of train.max_new_tokens. The
-counts of what autograd keeps follow the operations of transformers' Llama, Qwen and Mistral layers and are checked against measured
-peaks (tests/test_plan.py). Not counted: what the CUDA context, communication buffers and the allocator's fragmentation take;
-RESERVED stands for them on a GPU.
+Everything is in bytes, for the worst case: prompts of prompt.max_prompt_tokens, responses of train.max_new_tokens. What autograd
+keeps follows the operations of transformers' Llama, Qwen and Mistral layers, and is checked against measured peaks
+(tests/test_plan.py). Not counted are the CUDA context, communication buffers and fragmentation: RESERVED stands for them.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ RESERVED = 0.06
 """Share of a GPU's memory that the CUDA context and fragmentation take."""
 FP32, BF16 = 4, 2
 ADAM = 2 * FP32
+LIVE_PARAMETERS = 10**9
+"""Parameters that ZeRO-3 keeps gathered at most: DeepSpeed's default of stage3_max_live_parameters."""
 
 
 def read_bytes(text: str, field: str) -> int:
@@ -81,12 +82,16 @@ def _from_values(values: dict[str, Any], where: str, field: str) -> Architecture
     if any("expert" in name and value for name, value in values.items()):
         raise UserError(field, f"{where} is a mixture of experts", "only dense decoders can be planned")
     known = {name: values[name] for name in ArchitectureConfig.model_fields if values.get(name) is not None}
+    kind = str(values.get("model_type"))  # two families say so by their name alone
+    named = {"query_key_norm": kind.startswith("qwen3"), "attention_bias": kind.startswith("qwen2")}
     try:
-        return ArchitectureConfig.model_validate({"query_key_norm": str(values.get("model_type")).startswith("qwen3"), **known})
+        return ArchitectureConfig.model_validate(named | known)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         name = ".".join(map(str, problem["loc"])) or "the shape"
-        raise UserError(field, f"{name} of {where}: {problem['msg'].removeprefix('Value error, ')}", "give a dense decoder's config.json") from None
+        raise UserError(
+            field, f"{name} of {where}: {problem['msg'].removeprefix('Value error, ')}", "give a dense decoder's config.json"
+        ) from None
 
 
 def _from_gguf(path: Path) -> ArchitectureConfig:
@@ -181,7 +186,7 @@ class Work:
     shape: ArchitectureConfig
     critic_layers: int
     head: Head | None
-    autocast: bool  # products in bf16 from fp32 weights
+    numbers: str  # fp32; autocast: fp32 weights, products in bf16; bf16: bf16 weights with an fp32 copy in the optimizer
     fused_attention: bool  # attention that keeps no scores
     prompts: int  # a step
     samples: int  # a prompt
@@ -190,6 +195,41 @@ class Work:
     updates: int  # optimizer steps a rollout
     prompt_tokens: int
     response_tokens: int
+    gpus: int = 1
+    zero_stage: int = 0
+    checkpointing: bool = False  # keep only the input of each layer, and compute the rest again
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number that enters a product."""
+        return FP32 if self.numbers == "fp32" else BF16
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a weight, its gradient, and a number of the residual stream."""
+        return BF16 if self.numbers == "bf16" else FP32
+
+    @property
+    def span(self) -> int:
+        return self.prompt_tokens + self.response_tokens
+
+    @property
+    def queries(self) -> int:
+        return self.shape.num_attention_heads * self.shape.head_dim
+
+    @property
+    def keys(self) -> int:
+        return self.shape.num_key_value_heads * self.shape.head_dim
+
+    @property
+    def key_value_bytes(self) -> int:
+        """One token's key and value in one layer: under autocast the rotation makes keys fp32."""
+        return self.keys * (self.stored + self.size)
+
+    @property
+    def repeated(self) -> int:
+        """Numbers of one token's key and value, copied to every query head; 0 where each query head has its own."""
+        return 2 * self.queries * (self.shape.num_attention_heads > self.shape.num_key_value_heads)
 
 
 @dataclass(frozen=True)
@@ -208,8 +248,11 @@ class Plan:
         return max(self.totals.values())
 
 
-def plan(config: PipelineConfig, model_config: str = "") -> Plan:
-    """The plan of `config`. Raises UserError where the shape is not known, or the configuration cannot work."""
+def plan(config: PipelineConfig, model_config: str = "", gpus: int = 0, zero_stage: int | None = None, checkpointing: bool = False) -> Plan:
+    """The plan of `config` with the plain engine on one GPU, or with DeepSpeed's ZeRO `zero_stage` over `gpus` (0: cluster.gpu_count).
+
+    Raises UserError where the shape is not known, or the configuration cannot work.
+    """
     from dfpo_core import algorithms
 
     shape, train = architecture_of(config, model_config), config.train
@@ -217,153 +260,206 @@ def plan(config: PipelineConfig, model_config: str = "") -> Plan:
     if train.critic_layers > shape.num_hidden_layers:
         problem = f"{train.critic_layers} is above the policy's {shape.num_hidden_layers} layers"
         raise UserError("train.critic_layers", problem, f"use 0 to {shape.num_hidden_layers}")
+    on_gpu, gpus = gpus > 0 or config.cluster.gpu_count > 0, gpus or config.cluster.gpu_count or 1
+    sharing = gpus if zero_stage is not None else 1
+    minibatch, uneven = divmod(train.prompts_per_step // train.minibatches, sharing)
+    if uneven:
+        problem = f"{train.prompts_per_step // train.minibatches} prompts a minibatch do not divide among {sharing} GPUs"
+        raise UserError("train.prompts_per_step", problem, f"use a multiple of {sharing * train.minibatches}")
     name = algorithm.critic_name
-    on_gpu = config.cluster.gpu_count > 0
-    minibatch = train.prompts_per_step // train.minibatches
     return estimate(
         Work(
             shape=shape,
             critic_layers=(train.critic_layers or shape.num_hidden_layers) if name else 0,
             head=head_of(name, algorithm.critic_config, shape.hidden_size) if name else None,
-            autocast=config.precision == "bf16" or (config.precision == "auto" and (on_gpu or _narrow_pays(shape.hidden_size))),
+            numbers="bf16" if zero_stage is not None else _numbers(config, shape, on_gpu),
             fused_attention=on_gpu,
-            prompts=train.prompts_per_step,
+            prompts=train.prompts_per_step // sharing,
             samples=train.samples_per_prompt,
             minibatch_prompts=minibatch,
             micro_prompts=min(train.micro_batch_prompts, minibatch),
             updates=train.epochs * train.minibatches,
             prompt_tokens=config.prompt.max_prompt_tokens,
             response_tokens=train.max_new_tokens,
+            gpus=sharing,
+            zero_stage=zero_stage or 0,
+            checkpointing=checkpointing,
         )
     )
 
 
-def _narrow_pays(hidden_size: int) -> bool:
-    """What `precision: auto` chooses on this CPU."""
+def _numbers(config: PipelineConfig, shape: ArchitectureConfig, on_gpu: bool) -> str:
+    """What the plain engine computes in: `precision: auto` asks the CPU that this runs on, where there is no GPU."""
     from contextlib import nullcontext
 
     from dfpo_core.rollout import autocast
 
-    return not isinstance(autocast("auto", hidden_size, "cpu"), nullcontext)
+    if config.precision == "auto" and not on_gpu:
+        return "fp32" if isinstance(autocast("auto", shape.hidden_size, "cpu"), nullcontext) else "autocast"
+    return "fp32" if config.precision == "fp32" else "autocast"
 
 
 def estimate(work: Work) -> Plan:
-    """Bytes in each phase. Policy, reference and critic stay where they are all the time; the rest comes and goes."""
-    shape = work.shape
+    """Bytes in each phase. Policy, reference and critic stay where they are all the time; the rest comes and goes.
+
+    ZeRO (arXiv 1910.02054) shares the optimizer's state from stage 1 on, gradients from 2 on, weights from 3 on. Stage 3 gathers all
+    of the policy's weights for the rollout, and for an update at most LIVE_PARAMETERS at a time.
+    """
+    shape, layers = work.shape, work.shape.num_hidden_layers
     policy = parameters(shape)
     backbone = work.critic_layers * layer_parameters(shape)[1] + shape.hidden_size if work.head else 0
     critic, trained = (backbone + work.head.parameters, backbone + work.head.trained) if work.head else (0, 0)
+    weights_shared, state_shared = (work.gpus if work.zero_stage >= stage else 1 for stage in (3, 1))
+    state = ADAM + (FP32 if work.numbers == "bf16" else 0)
     resident = {
-        "policy weights": policy * FP32,
-        "policy optimizer": policy * ADAM,
-        "reference weights": policy * FP32,
-        "critic weights": critic * FP32,
-        "critic optimizer": trained * ADAM,
+        "policy weights": policy * work.stored // weights_shared,
+        "policy optimizer": policy * state // state_shared,
+        "reference weights": policy * work.stored // weights_shared,
+        "critic weights": critic * work.stored // weights_shared,
+        "critic optimizer": trained * state // state_shared,
     }
     tokens = work.prompts * work.samples * work.response_tokens
     # Ids, masks, log-probabilities, entropies, advantages of this step, and the figures' data of the last one.
     kept = tokens * 64 + (tokens * (shape.hidden_size * FP32 + 3 * work.head.samples * FP32) if work.head else 0)
-    layers = shape.num_hidden_layers
-    narrow = _narrow_weights(work, layers, output_layer=True)
+    extra = _extra_weights(work, policy, layers, output_layer=True)
     phases = {
-        "rollout": {"narrow weights": narrow, "KV cache": _cache(work, work.prompts), "activations": _decoding(work)},
+        "rollout": {
+            "other weights": policy * work.stored if weights_shared > 1 else extra,
+            "KV cache": _cache(work, work.prompts),
+            "activations": _decoding(work),
+        },
         # The reference always scores the rollout, the policy only where its weights move between updates.
         "scores": {
-            "narrow weights": narrow * (work.updates > 1),
+            "other weights": extra * (work.updates > 1 or weights_shared > 1),
             "KV cache": _cache(work, work.micro_prompts),
             "activations": _scoring(work),
             "rollout": kept,
         },
-        "policy update": _update(work, layers, policy, head=0) | {"narrow weights": narrow, "rollout": kept},
+        "policy update": _update(work, layers, policy, head=0) | {"other weights": extra, "rollout": kept},
     }
     if work.head:
-        parts = _update(work, work.critic_layers, trained, head=work.head.loss)
+        others = _extra_weights(work, critic, work.critic_layers, output_layer=False)
         phases["critic reading"] = {"activations": tokens * max(work.head.reading, work.head.uncertainty), "rollout": kept}
-        phases["critic update"] = parts | {"narrow weights": _narrow_weights(work, work.critic_layers, False), "rollout": kept}
+        phases["critic update"] = _update(work, work.critic_layers, trained, work.head.loss) | {"other weights": others, "rollout": kept}
     return Plan(work, {phase: resident | parts for phase, parts in phases.items()})
 
 
-def _widths(work: Work) -> tuple[int, int, int]:
-    """(hidden, all query heads, all key heads)."""
-    shape = work.shape
-    return shape.hidden_size, shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-
-
-def _narrow_weights(work: Work, layers: int, output_layer: bool) -> int:
-    """The bf16 copies of trained weights that autocast keeps from their first use to the backward pass."""
-    weights = layers * layer_parameters(work.shape)[0] + output_layer * work.shape.vocab_size * work.shape.hidden_size
-    return weights * BF16 * work.autocast
-
-
-def _key_value_bytes(work: Work) -> int:
-    """Bytes of one token's key and value in one layer: the rotation makes keys fp32 even under autocast."""
-    return _widths(work)[2] * (FP32 + (BF16 if work.autocast else FP32))
+def _extra_weights(work: Work, count: int, layers: int, output_layer: bool) -> int:
+    """Copies of weights in a pass: autocast's in bf16, kept to the backward pass, or those that ZeRO-3 gathers."""
+    if work.zero_stage == 3 and work.gpus > 1:
+        return min(count, LIVE_PARAMETERS) * work.stored
+    if work.numbers == "autocast":
+        return (layers * layer_parameters(work.shape)[0] + output_layer * work.shape.vocab_size * work.shape.hidden_size) * BF16
+    return 0
 
 
 def _cache(work: Work, prompts: int) -> int:
     """Keys and values of `prompts` prompts with all their responses; one layer is there twice while it grows."""
-    span = prompts * work.samples * (work.prompt_tokens + work.response_tokens)
-    return span * _key_value_bytes(work) * (work.shape.num_hidden_layers + 1)
-
-
-def _repeated_heads(work: Work) -> int:
-    """Keys and values copied to every query head, floats a token; 0 where each query head has its own."""
-    return 2 * _widths(work)[1] * (work.shape.num_attention_heads > work.shape.num_key_value_heads)
+    return prompts * work.samples * work.span * work.key_value_bytes * (work.shape.num_hidden_layers + 1)
 
 
 def _decoding(work: Work) -> int:
     """Working set of the larger of reading the prompts and sampling one token of every sequence."""
-    hidden = work.shape.hidden_size
-    size, shape = (BF16 if work.autocast else FP32), work.shape
-    span, sequences = work.prompt_tokens + work.response_tokens, work.prompts * work.samples
-    prompt_tokens = work.prompts * work.prompt_tokens
-    reading = prompt_tokens * (3 * hidden * FP32 + (3 * shape.intermediate_size + _repeated_heads(work)) * size)
-    sampling = sequences * (shape.vocab_size * 20 + span * _repeated_heads(work) * size + hidden * 12)
+    shape, size = work.shape, work.size
+    tokens, sequences = work.prompts * work.prompt_tokens, work.prompts * work.samples
+    reading = tokens * (3 * shape.hidden_size * FP32 + (3 * shape.intermediate_size + work.repeated) * size)
+    sampling = sequences * (shape.vocab_size * 5 * FP32 + work.span * work.repeated * size + shape.hidden_size * 3 * FP32)
     if not work.fused_attention:
-        reading += 3 * prompt_tokens * shape.num_attention_heads * work.prompt_tokens * FP32
-        sampling += 3 * sequences * shape.num_attention_heads * span * FP32
+        reading += 3 * tokens * shape.num_attention_heads * work.prompt_tokens * FP32
+        sampling += 3 * sequences * shape.num_attention_heads * work.span * FP32
     return max(reading, sampling)
 
 
 def _scoring(work: Work) -> int:
     """Working set of one micro-batch's log-probabilities without gradient, the cache aside: one layer, then the logits."""
-    hidden = work.shape.hidden_size
-    size, shape = (BF16 if work.autocast else FP32), work.shape
-    sequences = work.micro_prompts * work.samples
-    tokens, span = sequences * work.response_tokens, work.prompt_tokens + work.response_tokens
-    mlp, attention = tokens * 3 * shape.intermediate_size * size, sequences * span * _repeated_heads(work) * size
+    shape, sequences = work.shape, work.micro_prompts * work.samples
+    tokens = sequences * work.response_tokens
+    mlp, attention = tokens * 3 * shape.intermediate_size * work.size, sequences * work.span * work.repeated * work.size
     if not work.fused_attention:
-        attention += 3 * tokens * shape.num_attention_heads * span * FP32
-    return tokens * hidden * FP32 + max(max(mlp, attention) + tokens * 2 * hidden * FP32, tokens * shape.vocab_size * 4 * FP32)
+        attention += 3 * tokens * shape.num_attention_heads * work.span * FP32
+    return tokens * shape.hidden_size * FP32 + max(
+        max(mlp, attention) + tokens * 2 * shape.hidden_size * FP32, tokens * shape.vocab_size * 4 * FP32
+    )
 
 
 def _update(work: Work, layers: int, trained: int, head: int) -> dict[str, int]:
     """Gradients and activations of an update of `layers` layers under the output layer (head 0) or a head of `head` bytes a token."""
-    shape, (hidden, queries, keys) = work.shape, _widths(work)
-    size = BF16 if work.autocast else FP32
-    sequences = work.micro_prompts * work.samples
+    shape, sequences = work.shape, work.micro_prompts * work.samples
     prompts, responses = work.micro_prompts * work.prompt_tokens, sequences * (work.response_tokens - 1)
-    tokens, span = prompts + responses, work.prompt_tokens + work.response_tokens
-    # One layer, what the backward pass needs of a token: both norms' inputs and results in fp32, the inputs of the seven products
-    # (autocast casts one for each product), rotated queries, the attention's result, and four tensors of the MLP.
-    if work.autocast:
-        token_bytes = hidden * (4 * FP32 + 5 * BF16) + (2 * queries + 4 * shape.intermediate_size) * BF16
-    else:
-        token_bytes = (6 * hidden + 2 * queries + 4 * shape.intermediate_size) * FP32
-    token_bytes += shape.query_key_norm * (queries + keys) * (2 * FP32 if work.autocast else FP32)
-    # Every response has its own copy of its prompt's keys and values; keys that are not repeated are still cast.
-    cached = _key_value_bytes(work) + (_repeated_heads(work) or keys * work.autocast) * size
-    scores = shape.num_attention_heads * (prompts * work.prompt_tokens + responses * span)
-    layer = tokens * token_bytes + (prompts + sequences * span) * cached
-    layer += shape.num_attention_heads * tokens * FP32 if work.fused_attention else scores * (FP32 + (BF16 if work.autocast else 0))
-    working = max(prompts, responses) * 3 * shape.intermediate_size * size
+    layer = _kept_by_a_layer(work, prompts, responses)
+    working = max(prompts, responses) * 3 * shape.intermediate_size * work.size
     if not work.fused_attention:
-        working += 2 * shape.num_attention_heads * responses * span * FP32
-    read = sequences * work.response_tokens
-    top = read * (hidden * 3 * FP32 + (head or shape.vocab_size * 18))
-    gradients = trained * FP32
-    if work.minibatch_prompts > work.micro_prompts:  # those of the earlier micro-batches are there from the start
-        return {"gradients": gradients, "activations": layers * layer + max(top, working)}
+        working += 2 * shape.num_attention_heads * responses * work.span * FP32
+    # The last norm; then the logits, their log-softmax, probabilities and gradients, in fp32, or the critic's head.
+    top = sequences * work.response_tokens * (shape.hidden_size * 3 * FP32 + (head or shape.vocab_size * 18))
+    if work.checkpointing:
+        every = layers * ((prompts + responses) * shape.hidden_size * work.stored + sequences * work.span * work.key_value_bytes)
+        start = every + max(top, layer + working)
+    else:
+        start = layers * layer + max(top, working)
+    gradients = trained * work.stored // (work.gpus if work.zero_stage >= 2 else 1)
+    if work.minibatch_prompts > work.micro_prompts or work.gpus > 1:  # earlier micro-batches' gradients are there from the start
+        return {"gradients": gradients, "activations": start}
     # Layer by layer the activations go and the gradients come: the peak is at the one end or the other.
-    start, end = layers * layer + max(top, working), layer + working
-    return {"gradients": gradients, "activations": max(start - gradients, end)}
+    return {"gradients": gradients, "activations": max(start - gradients, layer + working)}
+
+
+def _kept_by_a_layer(work: Work, prompts: int, responses: int) -> int:
+    """What the backward pass of one layer needs of `prompts` prompt tokens and `responses` response tokens.
+
+    Both norms' inputs and results, the inputs of the seven products (autocast casts one for each), the rotated queries, attention's
+    result, and four tensors of the MLP; keys and values once a response, of which each has its own copy of its prompt's.
+    """
+    shape, size = work.shape, work.size
+    norms = {"fp32": 6 * FP32, "autocast": 4 * FP32 + 5 * BF16, "bf16": 2 * (FP32 + 2 * BF16)}[work.numbers]
+    normed_heads = {"fp32": 2 * FP32, "autocast": FP32 + BF16, "bf16": FP32 + BF16}[work.numbers] * shape.query_key_norm
+    token = shape.hidden_size * norms + (2 * work.queries + 4 * shape.intermediate_size) * size + (work.queries + work.keys) * normed_heads
+    # Keys that are not repeated are still cast by autocast.
+    cached = work.key_value_bytes + (work.repeated or work.keys * (work.numbers == "autocast")) * size
+    tokens = (prompts + responses) * token + (prompts + work.micro_prompts * work.samples * work.span) * cached
+    if work.fused_attention:
+        return tokens + (prompts + responses) * shape.num_attention_heads * FP32
+    scores = shape.num_attention_heads * (prompts * work.prompt_tokens + responses * work.span)
+    return tokens + scores * (FP32 if work.numbers == "fp32" else FP32 + BF16)
+
+
+# ---------------------------------------------------------------------------------------------------------- what is printed
+
+REMEDIES = {
+    "activations": "lower train.micro_batch_prompts or train.max_new_tokens, or keep only layer inputs (--gradient-checkpointing)",
+    "KV cache": "lower train.prompts_per_step or train.samples_per_prompt, or use more GPUs",
+    "rollout": "lower train.prompts_per_step or train.samples_per_prompt, or use more GPUs",
+}
+
+
+def render(plan: Plan, memory: int = 0) -> str:
+    """The plan as a table of GiB, and whether it fits into `memory` bytes, where they are given."""
+    work, phases = plan.work, list(plan.phases)
+    critic = f", critic of {work.critic_layers} layers" if work.head else ", no critic"
+    engine = f"ZeRO-{work.zero_stage} over {work.gpus} GPUs" if work.numbers == "bf16" else "one process"
+    lines = [f"{parameters(work.shape) / 1e9:.2f} billion parameters{critic}; {engine}, {work.numbers}; GiB on one GPU:", ""]
+    names = list(dict.fromkeys(name for parts in plan.phases.values() for name in parts))
+    rows = [[name, *(plan.phases[phase].get(name, 0) for phase in phases)] for name in names]
+    rows.append(["total", *plan.totals.values()])
+    lines.append(f"{'':<18}" + "".join(f"{phase:>16}" for phase in phases))
+    lines += [f"{name:<18}" + "".join(f"{size / 2**30:>16.2f}" if size else f"{'-':>16}" for size in sizes) for name, *sizes in rows]
+    return "\n".join([*lines, "", verdict(plan, memory)])
+
+
+def fits(plan: Plan, memory: int) -> bool:
+    return plan.peak <= memory * (1 - RESERVED)
+
+
+def verdict(plan: Plan, memory: int) -> str:
+    """One line: the peak, whether it fits, and otherwise what would help most."""
+    phase = max(plan.totals, key=plan.totals.get)
+    peak = f"the {phase} needs {plan.peak / 2**30:.2f} GiB"
+    if not memory:
+        return f"{peak}; give --gpu-memory or cluster.gpu_memory to see whether that fits"
+    usable = f"{memory * (1 - RESERVED) / 2**30:.2f} of {memory / 2**30:.2f} GiB, {RESERVED:.0%} being kept in reserve"
+    if fits(plan, memory):
+        return f"fits: {peak}; there are {usable}"
+    largest = max(plan.phases[phase], key=plan.phases[phase].get)
+    return (
+        f"does not fit: {peak}; there are {usable}; most are {largest}: {REMEDIES.get(largest, 'use more GPUs, or a higher --zero-stage')}"
+    )
