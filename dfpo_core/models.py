@@ -32,7 +32,7 @@ def check_reference(reference: str) -> None:
         if reference.removeprefix("scratch:") not in PRESETS:
             raise UserError("model", f"unknown preset {reference!r}", f"choose one of: {', '.join('scratch:' + p for p in PRESETS)}")
     elif reference.startswith("pkg:"):
-        _packaged_file(reference.removeprefix("pkg:"))
+        packaged_file(reference.removeprefix("pkg:"))
     elif reference.endswith(".gguf"):
         if not Path(reference).expanduser().is_file():
             raise UserError("model", f"no file {reference}", "give the path of an existing GGUF file")
@@ -50,7 +50,7 @@ def _is_path(reference: str) -> bool:
     return reference.startswith(("/", "./", "../", "~")) or Path(reference).is_dir() or reference.count("/") > 1
 
 
-def _packaged_file(package: str) -> Path:
+def packaged_file(package: str) -> Path:
     if package not in PACKAGED:
         raise UserError("model", f"unknown package {package!r}", f"choose one of: {', '.join('pkg:' + p for p in PACKAGED)}")
     # find_spec and not import: the package's own __init__ wants a llama.cpp runtime that loading the weights does not need.
@@ -74,7 +74,7 @@ def load_policy(reference: str, home: Path):
         model, tokenizer = _scratch(PRESETS[reference.removeprefix("scratch:")])
     else:
         if reference.startswith("pkg:"):
-            source = str(_converted(_packaged_file(reference.removeprefix("pkg:")), home))
+            source = str(_converted(packaged_file(reference.removeprefix("pkg:")), home))
         elif reference.endswith(".gguf"):
             source = str(_converted(Path(reference).expanduser(), home))
         else:
@@ -101,7 +101,7 @@ def load_tokenizer(reference: str, home: Path):
     check_reference(reference)
     if reference.startswith("scratch:"):
         return character_tokenizer()
-    gguf = _packaged_file(reference.removeprefix("pkg:")) if reference.startswith("pkg:") else Path(reference).expanduser()
+    gguf = packaged_file(reference.removeprefix("pkg:")) if reference.startswith("pkg:") else Path(reference).expanduser()
     try:
         with quiet_transformers():
             if gguf.suffix != ".gguf":

@@ -27,7 +27,8 @@ PARAMETERS = {  # parameters of the pipeline that override one value of the conf
     "steps": "train.steps",
     "learning_rate": "train.learning_rate",
 }
-REPORTED_PACKAGES = ("dfpo", "torch", "transformers", "mlflow", "kfp", "reasoning-gym")
+REPORTED_PACKAGES = ("dfpo", "torch", "transformers", "deepspeed", "mlflow", "kfp", "reasoning-gym")
+CACHE_VARIABLES = ("HF_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
 
 
 def run(
@@ -205,3 +206,20 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:  # an optional extra
             continue
     return versions
+
+
+def accelerators() -> list[str]:
+    """Name and memory of each GPU that torch sees; empty without torch."""
+    if not find_spec("torch"):
+        return []
+    import torch
+
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in found]
+
+
+def check_cache_folders() -> list[UserError]:
+    """The folders that the libraries are told to write to, and may not: a pod of a random uid finds out hours later otherwise."""
+    folders = {name: Path(os.environ[name]).expanduser() for name in CACHE_VARIABLES if os.environ.get(name)}
+    shut = {name: path for name, path in folders.items() if not (_existing(path).is_dir() and os.access(_existing(path), os.W_OK))}
+    return [UserError(name, f"{folder} cannot be written to", "name a folder under /tmp") for name, folder in shut.items()]

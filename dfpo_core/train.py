@@ -384,7 +384,7 @@ def value_metrics(token_rewards: Tensor, returns: Tensor, values: Tensor, mask: 
 def identity_of(config: PipelineConfig, sft_checkpoint: str) -> dict[str, Any]:
     """The settings that a resumed run must share with the run that it continues."""
     values = config.model_dump(
-        mode="json", exclude={"name", "home", "tracking", "cluster", "evaluate", "promote", "data", "sft", "rewards"}
+        mode="json", exclude={"name", "home", "architecture", "tracking", "cluster", "evaluate", "promote", "data", "sft", "rewards"}
     )
     values["train"] = {k: v for k, v in values["train"].items() if k not in ("steps", "save_every", "checkpoint_uri")}
     flat = {f"{section}.{key}": v for section in ("train", "noise", "prompt") for key, v in values.pop(section).items()}

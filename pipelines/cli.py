@@ -66,7 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     ui = add("ui", open_ui, "serve the MLflow UI of the local store", default_config=True)
     ui.add_argument("--port", type=int, default=5000, help="port on this machine (5000)")
     ui.add_argument("--dry-run", action="store_true", help="print the command instead")
-    add("doctor", doctor, "versions, threads, disk, model cache and tracking store", default_config=True)
+    add("doctor", doctor, "versions, accelerators, threads, disk, caches and tracking store", default_config=True)
+    planning = add("plan", plan, "memory of the training step on one GPU, and whether it fits")
+    planning.add_argument("--gpu-memory", metavar="SIZE", default="", help="memory of one GPU, e.g. 80GiB (cluster.gpu_memory)")
+    planning.add_argument("--gpus", metavar="N", type=int, default=0, help="GPUs (cluster.gpu_count)")
+    planning.add_argument(
+        "--zero-stage", type=int, choices=range(4), help="DeepSpeed's ZeRO stage over the GPUs; default: the plain engine"
+    )
+    planning.add_argument("--gradient-checkpointing", action="store_true", help="keep only the inputs of the layers")
+    planning.add_argument("--model-config", metavar="FILE", default="", help="config.json of the model, or its folder")
     printing = add("config", show_config, "the resolved configuration, as the pipeline's JSON or with descriptions", default_config=True)
     printing.add_argument("--describe", action="store_true", help="every field with its value and description")
     return parser
@@ -397,17 +405,33 @@ def doctor(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     for package, version in preflight.installed_versions().items():
         print(f"{package:<14} {version}")
+    print(f"{'accelerators':<14} {', '.join(preflight.accelerators()) or 'none'}")
     print(f"{'cpus':<14} {os.cpu_count()}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}, threads={config.threads}")
     folder = next(path for path in (config.home_path, *config.home_path.parents) if path.exists())
     print(f"{'home':<14} {config.home_path}, {shutil.disk_usage(folder).free / 2**30:.1f} GiB free")
     cached = sorted(path.name for path in (config.home_path / "models").glob("*")) or ["none"]
     print(f"{'models cached':<14} {', '.join(cached)}")
     print(f"{'tracking':<14} {config.tracking_uri}")
-    problems = preflight.check(config)
+    print(f"{'user':<14} uid {os.getuid()}, gid {os.getgid()}")
+    problems = preflight.check(config) + preflight.check_cache_folders()
     for problem in problems:
         print(f"problem: {problem}")
     print("ready" if not problems else f"{len(problems)} problem(s)")
     return 1 if problems else 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Print the estimate of dfpo_core.plan; exit 1 if it does not fit into the memory given."""
+    config = _load(arguments)
+    from dfpo_core import plan as planning
+
+    if arguments.gpus < 0:
+        raise UserError("--gpus", f"{arguments.gpus} is below 0", "give a number of GPUs")
+    given = arguments.gpu_memory or config.cluster.gpu_memory
+    memory = planning.read_bytes(given, "--gpu-memory" if arguments.gpu_memory else "cluster.gpu_memory") if given else 0
+    estimate = planning.plan(config, arguments.model_config, arguments.gpus, arguments.zero_stage, arguments.gradient_checkpointing)
+    print(planning.render(estimate, memory))
+    return 0 if not memory or planning.fits(estimate, memory) else 1
 
 
 def show_config(arguments: argparse.Namespace) -> int:

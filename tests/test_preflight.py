@@ -176,3 +176,13 @@ def test_run_returns_the_resolved_configuration_and_a_parent_run(values):
     assert child.data.tags["dfpo.step"] == "preflight" and child.info.status == "FINISHED"
     assert child.data.params["packages.python"] == sys.version.split()[0]
     assert child.data.metrics["preflight/free_bytes"] > 0
+
+
+def test_a_cache_folder_that_cannot_be_written_to_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file" / "huggingface"))  # not even root can write there
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "new" / "triton"))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    assert [str(problem) for problem in preflight.check_cache_folders()] == [
+        f"HF_HOME: {tmp_path}/file/huggingface cannot be written to; name a folder under /tmp"
+    ]

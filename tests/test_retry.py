@@ -49,7 +49,7 @@ def attempts(tmp_path_factory):
     """(first pod, second pod, MLflow client, folder of the checkpoints): a run of 4 steps, killed after the checkpoint of step 2."""
     folder = tmp_path_factory.mktemp("retry")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
-    train = {"steps": 4, "save_every": 2, "checkpoint_uri": f"{folder}/state/{{run}}"}
+    train = {"algorithm": "grpo", "steps": 4, "save_every": 2, "checkpoint_uri": f"{folder}/state/{{run}}"}
     config = tiny_config("~/.dfpo", train, tracking={"uri": uri})
     tracking.ensure_store(config)
     parent = tracking.create_parent(config, RUN)

@@ -144,6 +144,28 @@ def test_the_final_formula_is_found(response, formula):
     assert final_formula(response) == formula
 
 
+@pytest.mark.parametrize(
+    ("wanted", "given"),
+    [
+        ("\\left( 3, \\frac{\\pi}{2} \\right)", "(r, \\theta) = (3, \\pi/2)"),
+        ("6,8,10", "6, 8, and 10"),
+        ("6,8,10", "6, 10 \\text{ and } 8"),
+        ("2\\sqrt{3}", "x = 2√3 \\text{ cm}"),
+        ("6+9i", "z = 9i + 6"),
+        ("\\frac{\\pi}{6}", "π/6"),
+        ("3 \\times 10^8", "300000000"),
+        ("2^{10}", "1024"),
+        ("\\begin{pmatrix} 1/5 \\\\ 2 \\end{pmatrix}", "\\begin{bmatrix} \\frac15 \\\\ 2 \\end{bmatrix}"),
+        ("1 \\pm \\sqrt{19}", "1-\\sqrt{19}, 1+\\sqrt{19}"),
+        ("3 \\sec \\frac{1}{2} \\theta", "3\\sec(\\theta/2)"),
+        ("15x - 80", "5(3x-16)"),
+        ("(-\\infty, 2) \\cup (3, \\infty)", "(-∞,2) ∪ (3,∞)"),
+    ],
+)
+def test_right_answers_in_other_spellings_count(wanted, given):
+    assert math(wanted, boxed(given)) == [1.0]
+
+
 def test_the_label_that_training_sees_is_scored_on_request():
     row = {"reward": "math", "answer": "\\sqrt{2}", "label": "\\sqrt{3}"}
     assert score([row] * 2, ["\\boxed{\\sqrt 2}", "\\boxed{\\sqrt 3}"], "label", PATIENT) == [0.0, 1.0]

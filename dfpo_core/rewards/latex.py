@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from dfpo_core.rewards.answers import OTHER_VALUE, ascii_digits, canonical_number
 
+_SYMBOLS = str.maketrans({"π": "\\pi ", "∞": "\\infty ", "×": "\\times ", "·": "\\cdot ", "≤": "\\le ", "≥": "\\ge ", "∪": "\\cup "})
+_ROOT = re.compile(r"√(\d+|[A-Za-z])")
 _DROPPED = re.compile(r"\\(?:left|right|[bB]igg?|displaystyle)(?![A-Za-z])|\\!|\\?\$|(?<!\\)\\[()\[\]]")
 _SPACE = re.compile(r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s)+")
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm)\s*\{([^{}]*)\}(\s*\^\s*\{?\d\}?)?")
@@ -29,8 +31,16 @@ _NOT_A_UNIT = OTHER_VALUE | {"and", "or", "if", "sin", "cos", "tan", "log", "ln"
 
 
 def tidy(text: str) -> str:
-    """The same formula without what only sets type: delimiters, \\left, thin spaces, sizes of fractions, surplus space, a full stop."""
-    text = ascii_digits(text).replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cfrac", "\\frac")
+    """The same formula in LaTeX, without what only sets type: delimiters, \\left, thin spaces, surplus space, a full stop."""
+    text = (
+        _ROOT.sub(r"\\sqrt{\1}", ascii_digits(text))
+        .translate(_SYMBOLS)
+        .replace("bmatrix", "pmatrix")
+        .replace("{,}", ",")
+        .replace("\\dfrac", "\\frac")
+        .replace("\\tfrac", "\\frac")
+        .replace("\\cfrac", "\\frac")
+    )
     text = _DROPPED.sub("", re.sub(r",\s*\\!\s*", ",", text))
     return _trimmed(_SPACE.sub(" ", text))
 

@@ -29,6 +29,7 @@ _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm)\s*\{([^{}]*)\}")
 _BASE = re.compile(r"([0-9A-Z]+)_\{?\d+\}?")
+_AND = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*,?\s*and\s*\}|\band\b)\s*")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _DIVISION = re.compile(r"\\frac\s*\{\s*(\d{1,100})\s*\}\s*\{\s*(\d{1,100})\s*\}|(?<![\d.])(\d{1,100})\s*/\s*(\d{1,100})(?![\d.])")
 _CALCULATIONS = {f"\\{name}" for name in ("int", "iint", "oint", "sum", "prod", "lim", "gcd", "lcm", "binom", "det", "max", "min")}
@@ -137,9 +138,12 @@ def _is_plain_value(given: str, wanted: latex.Plain, question: str) -> bool:
 
 def _statement(given: str, wanted: str) -> str:
     """The formula that a tidied answer states: behind `x =`, without the words and the unit around it; "" when it states several."""
+    if "," in wanted:
+        given = _AND.sub(", ", given)
     given = latex.without_units(given)
     if "=" in given and "=" not in wanted:
         left, _, given = given.rpartition("=")
+        left = re.sub(r"\([^()]*\)", "", left)  # (r, \theta) = is one statement
         if re.search(r"[,;]|\\text|\b(?:or|and)\b", left):
             return ""
     letters = set(_COMMAND.sub("", wanted))
