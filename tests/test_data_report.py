@@ -159,3 +159,11 @@ def test_a_prompt_that_is_too_long_fails_the_step_unless_dropping_is_asked_for(t
     assert kept["train"]["question"].to_pylist() == ["short"] and [entry["line"] for entry in dropped] == [2]
     kept, dropped = prepare.fit(tables, character_tokenizer(), PromptConfig(max_prompt_tokens=51))
     assert kept["train"]["prompt_tokens"].to_pylist() == [6, 51] and dropped == []
+
+
+def test_a_split_of_which_every_prompt_is_too_long_is_named(tmp_path):
+    data = DataConfig(train=[write(tmp_path / "a.jsonl", ["q" * 50, "r" * 60])], id_test_size=1)
+    tables = prepare.take(prepare.read_sources(data, 1), data, 1)
+    kept, _ = prepare.fit(tables, character_tokenizer(), PromptConfig(max_prompt_tokens=9, too_long="drop"))
+    with pytest.raises(UserError, match="data.train: no row is left without prompts that are too long and duplicates"):
+        prepare.split(kept, data, 1)

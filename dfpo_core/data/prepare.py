@@ -222,7 +222,7 @@ def _without_duplicates(tables: dict[str, pa.Table], data: DataConfig) -> tuple[
                 removed.append(_removed(row, name, "duplicate", f"the same question as {row_id}{other}") | {"conflict": conflict})
         kept[name] = table.filter(pa.array(keep, pa.bool_()))
         if getattr(data, name) and not kept[name].num_rows:
-            raise UserError(f"data.{name}", "the split is empty once duplicates are removed", "give it a source with other questions")
+            raise UserError(f"data.{name}", "no row is left without prompts that are too long and duplicates", "give it other questions")
     return kept, removed
 
 
