@@ -149,6 +149,21 @@ def test_examples_come_from_every_kind_and_domain(tmp_path):
     assert {place: places.count(place) for place in set(places)} == {("a", "x"): 4, ("a", "y"): 4, ("b", "x"): 4}
 
 
+def test_examples_show_missing_labels_and_changed_questions(tmp_path):
+    row = {"row_id": "d/1", "question": "waht is it", "clean_question": "what is it", "answer": "1", "label": "1", "domain": "d"}
+    rows = [
+        row | {"is_noisy": False, "noise_kind": "none"},
+        row | {"row_id": "d/2", "question": "fine?", "clean_question": "fine?", "label": None, "is_noisy": False, "noise_kind": "missing"},
+        row | {"row_id": "d/3", "question": "kept?", "clean_question": "kept?", "is_noisy": False, "noise_kind": "none"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    found = report.noise_facts(pq.ParquetFile(tmp_path / "train.parquet"))
+    assert found["kinds"] == {"question": 1, "missing": 1, "none": 1}
+    assert [(shown["row_id"], shown["noise_kind"]) for shown in found["examples"]] == [("d/2", "missing"), ("d/1", "question")]
+    page = text(report._noise_examples(found["examples"]))
+    assert "missing fine? 1 no label" in page and "question what is it waht is it 1" in page
+
+
 def test_a_prompt_that_is_too_long_fails_the_step_unless_dropping_is_asked_for(tmp_path):
     data = DataConfig(train=[write(tmp_path / "a.jsonl", ["short", "q" * 50])], id_test_size=1)
     tables = prepare.take(prepare.read_sources(data, 1), data, 1)

@@ -98,7 +98,7 @@ def noise_facts(train: pq.ParquetFile) -> dict[str, Any]:
     kinds: dict[str, int] = {}
     examples: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for batch in train.iter_batches(columns=columns):
-        rows = pa.Table.from_batches([batch])
+        rows = _with_kind_of_change(pa.Table.from_batches([batch]))
         grouped = rows.group_by(["domain", "noise_kind"]).aggregate([("is_noisy", "sum"), ("is_noisy", "count")])
         for group in grouped.to_pylist():
             counts = domains.setdefault(group["domain"], [0, 0])
@@ -112,6 +112,15 @@ def noise_facts(train: pq.ParquetFile) -> dict[str, Any]:
                 examples[place] += rows.filter(fits).slice(0, missing).to_pylist()
     shown = [row for turn in zip_longest(*(examples[place] for place in sorted(examples))) for row in turn if row]
     return {"domains": domains, "kinds": kinds, "examples": shown[:EXAMPLES]}
+
+
+def _with_kind_of_change(rows: pa.Table) -> pa.Table:
+    """noise_kind is `question` where the label is as it was and only the question changed."""
+    if "clean_question" not in rows.column_names:
+        return rows
+    changed = pc.and_(pc.equal(rows["noise_kind"], "none"), pc.not_equal(rows["question"], rows["clean_question"]))
+    kinds = pc.if_else(changed, "question", rows["noise_kind"])
+    return rows.set_column(rows.schema.get_field_index("noise_kind"), "noise_kind", kinds)
 
 
 # The page
