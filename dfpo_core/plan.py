@@ -253,6 +253,10 @@ def plan(config: PipelineConfig, model_config: str = "", gpus: int = 0, zero_sta
 
     Raises UserError where the shape is not known, or the configuration cannot work.
     """
+    from importlib.util import find_spec
+
+    if not find_spec("torch"):
+        raise UserError("plan", "counts the critic's head by running it, and torch is not installed", "run: pip install '.[train]'")
     from dfpo_core import algorithms
 
     shape, train = architecture_of(config, model_config), config.train

@@ -220,6 +220,12 @@ def test_a_mistake_is_one_line(arguments, message, capsys, monkeypatch):
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
+def test_the_light_client_is_told_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["plan", str(TINY)]) == 2
+    assert capsys.readouterr().err.startswith("error: plan: counts the critic's head by running it, and torch is not installed; run: pip")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
