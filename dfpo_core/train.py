@@ -63,6 +63,7 @@ class Trainer:
         self.reward = rewards.create(self.settings.reward, config.rewards)
         self.steps_done = 0
         self.history: list[dict[str, float]] = []
+        pool.take_failures()  # the count of failed checks is this run's
 
     def _critic(self, *limits: float) -> TorchEngine:
         head = critics.registry.get(self.algorithm.critic_name)(self.reference.config.hidden_size, self.algorithm.critic_config)
