@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dfpo_core.errors import UserError
 
-ROW_REWARDS = ("number", "choice", "exact", "math", "reasoning_gym")
+ROW_REWARDS = ("number", "choice", "exact", "math", "reasoning_gym", "dialogue")
 
 
 class Section(BaseModel):
@@ -40,7 +40,7 @@ class SourceConfig(Section):
     answer_column: str = Field("answer", description="column that holds the true answer")
     id_column: str = Field("id", description="column with a unique row id; generated from the content where absent")
     metadata_column: str = Field("metadata", description="column with a JSON object that the reward may need; kept where present")
-    reward: Literal["number", "choice", "exact", "math", "reasoning_gym"] = Field(
+    reward: Literal["number", "choice", "exact", "math", "reasoning_gym", "dialogue"] = Field(
         "number", description="how an answer is compared with the truth"
     )
     licence: str = Field("", description="licence string, for data without a licence column")

@@ -40,6 +40,7 @@ from scipy.special import ndtri
 from dfpo_core.config import ROW_REWARDS, NoiseConfig, RewardNoiseConfig, parse_config
 from dfpo_core.data import report
 from dfpo_core.data.prepare import SPLITS
+from dfpo_core.errors import UserError
 from dfpo_core.rewards import canonical_number, normalise_text
 from dfpo_core.storage import atomic_directory
 
@@ -98,6 +99,8 @@ def add_label_noise(table: pa.Table, noise: NoiseConfig, seed: int) -> pa.Table:
         table: columns row_id, answer, domain, reward and choice_labels, as `prepare` writes them (numbers in canonical form).
         seed: the configuration's seed.
     """
+    if noise.kind != "none" and (noise.rate or noise.transitions) and _equals(table["reward"], "dialogue").any():
+        raise no_label_noise(noise.kind)
     truth = _array(table["answer"])
     keys = text_keys(table["row_id"])
     if noise.kind == "class_conditional":
@@ -109,6 +112,12 @@ def add_label_noise(table: pa.Table, noise: NoiseConfig, seed: int) -> pa.Table:
         if len(rows):
             label = _replace(label, rows, _wrong_labels(table, reward, rows, noise.kind, keys, seed))
     return _record(table, truth, label, keys, noise, seed)
+
+
+def no_label_noise(kind: str) -> UserError:
+    """Why dialogues take no label noise."""
+    problem = f"{kind} makes labels wrong, and a dialogue has none: its user's goal decides"
+    return UserError("noise.kind", problem, "set it to none, and use train.reward_noise or noise.typo_rate")
 
 
 def _record(table: pa.Table, truth: pa.Array, label: pa.Array, keys: np.ndarray, noise: NoiseConfig, seed: int) -> pa.Table:

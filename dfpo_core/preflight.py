@@ -171,6 +171,10 @@ def _source(source: SourceConfig, field: str) -> Iterator[UserError]:
 def _noise(config: PipelineConfig) -> Iterator[UserError]:
     if config.noise.kind == "none" and config.noise.rate > 0:
         yield UserError("noise.kind", f"is none, but noise.rate is {config.noise.rate:g}", "choose a kind, or set the rate to 0")
+    elif config.noise.kind != "none" and any(source.reward == "dialogue" for source in config.data.train):
+        from dfpo_core.noise import no_label_noise
+
+        yield no_label_noise(config.noise.kind)
 
 
 def _algorithm(config: PipelineConfig) -> Iterator[UserError]:

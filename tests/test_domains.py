@@ -192,7 +192,7 @@ def test_mistakes_about_a_named_data_set_are_one_line():
     assert unknown.startswith("data.id_test.0.options.sample: unknown option of the data set gsm8k; choose one of: split, path")
     assert message(read, "gsm8k", folder="/no/such/folder").startswith("data.folder: there is no folder /no/such/folder")
     assert message(parse_config, {"data": {"domain": "maths"}}).startswith(
-        "data.domain: unknown name 'maths'; choose one of: math, science"
+        "data.domain: unknown name 'maths'; choose one of: dialogue, math, science"
     )
 
 

@@ -139,5 +139,7 @@ def test_exact_answers_ignore_case_spaces_and_a_closing_full_stop():
 
 
 def test_an_unknown_kind_is_named():
-    with pytest.raises(UserError, match="reward: row 'r1' has the unknown kind 'regex'; use number, choice, exact, math or reasoning_gym"):
+    with pytest.raises(
+        UserError, match="reward: row 'r1' has the unknown kind 'regex'; use number, choice, exact, math, reasoning_gym or dialogue"
+    ):
         score([{"reward": "regex", "row_id": "r1", "answer": "1"}], ["1"])

@@ -38,8 +38,9 @@ class Overlap:
 
 
 def keys(table: pa.Table) -> list[str]:
-    """`sources.question_key` of every row."""
-    return [question_key(q, c) for q, c in zip(table["question"].to_pylist(), table["choices"].to_pylist(), strict=True)]
+    """`sources.question_key` of every row. Dialogues that begin alike are two when their goals are."""
+    rows = table.select(["question", "choices", "reward", "answer"]).to_pylist()
+    return [question_key(row["question"], [row["answer"]] if row["reward"] == "dialogue" else row["choices"]) for row in rows]
 
 
 def near_key(question: str, choices: list[str] | None) -> str:
@@ -172,6 +173,8 @@ def noise_estimates(table: pa.Table, column: str, seed: int) -> list[dict[str, A
         table: columns question, choices, choice_labels and `column`, the label to judge; `vote_share` where a model voted.
     """
     found = []
+    if "reward" in table.column_names:
+        table = table.filter(pc.not_equal(table["reward"], "dialogue"))  # equal openings of different goals are no disagreement
     if "vote_share" in table.column_names and table["vote_share"].null_count < table.num_rows:
         shares = pc.drop_null(table["vote_share"]).to_numpy()
         wrong = bootstrap_mean(1 - shares, seed=seed)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import string
 from typing import Any
 
+from dfpo_core import environments
 from dfpo_core.config import ExampleConfig, PromptConfig
 from dfpo_core.errors import UserError
 
@@ -20,10 +21,15 @@ _BATCH = 1024
 def user_turn(row: dict[str, Any], config: PromptConfig) -> str:
     """The text a person would type: the template around the question, with the options and the answer format on lines under it.
 
+    The first turn of a conversation has the environment's briefing above it.
+
     Args:
-        row: `question`, `reward` where answer formats are configured, and for choices `choices` and `choice_labels`.
+        row: `question`, `reward` where answer formats are configured, for choices `choices` and `choice_labels`, for conversations
+            `metadata`.
     """
     lines = [row["question"]]
+    if row.get("metadata") and environments.converses(row):
+        lines = [environments.briefing(row), "", *lines]
     if row.get("choices"):
         lines += [f"{label}. {choice}" for label, choice in zip(row["choice_labels"], row["choices"], strict=True)]
     if form := config.answer_format and config.answer_format.get(row["reward"]):

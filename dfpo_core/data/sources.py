@@ -27,6 +27,7 @@ import pyarrow as pa
 from dfpo_core import domains
 from dfpo_core.config import ROW_REWARDS, SourceConfig
 from dfpo_core.data import chains
+from dfpo_core.environments import dialogue
 from dfpo_core.errors import UserError
 from dfpo_core.rewards import canonical_number, normalise_text
 
@@ -250,8 +251,26 @@ def _digested(rows: list[dict[str, Any]], origin: str, licence: str = "") -> _Re
 
 def _read_named(entry: domains.DataSet, source: SourceConfig, field: str, folder: str) -> _Read:
     """A named data set from `options.path`, else from `folder` where it is there, else from the hub."""
-    split = _split_of(entry, source, field)
-    place = source.options.get("path") or _local_copy(entry, split, folder, field) or entry.hub
+    given = source.options.get("path")
+    read = _read_table(entry, _split_of(entry, source, field), source, field, folder, given)
+    for column, table in entry.join.items():
+        beside = given.rpartition("/")[0] or "." if given else folder
+        rows = [values for _, values in _read_table(entry, table, source, field, beside).records if isinstance(values, dict)]
+        by_id = {values.get("id"): values for values in rows}
+        read = dataclasses.replace(read, records=[(line, _joined(values, column, by_id)) for line, values in read.records])
+    return read
+
+
+def _joined(values: Any, column: str, by_id: dict[Any, dict[str, Any]]) -> Any:
+    """The row with the row that `column` names in its place; a Rejected where there is none."""
+    name = values.get(column) if isinstance(values, dict) else None
+    if not isinstance(name, str):
+        return values
+    return values | {column: by_id[name]} if name in by_id else Rejected(column, f"{_short(name)} is not in the table of that name")
+
+
+def _read_table(entry: domains.DataSet, split: domains.Split, source: SourceConfig, field: str, folder: str, given: str = "") -> _Read:
+    place = given or _local_copy(entry, split, folder, field) or entry.hub
     origin = source.model_copy(update={"name": place})
     if place.endswith(".jsonl"):
         return _read_jsonl(origin, 0, field)
@@ -340,7 +359,8 @@ def _open(name: str, field: str):
 def _demand_columns(names: list[str], source: SourceConfig, field: str) -> None:
     for key in ("question_column", "answer_column"):
         column = getattr(source, key)
-        if column not in names:
+        written = key == "answer_column" and source.reward == "dialogue"  # from the goal
+        if column not in names and not written:
             raise UserError(f"{field}.{key}", f"{source.name} has no column {column!r}", f"choose one of: {', '.join(names)}")
 
 
@@ -394,10 +414,14 @@ def _row(values: Any, source: SourceConfig, read: _Read) -> tuple[dict[str, Any]
         raise values
     reward = _reward(values, source)
     question = _text(values, source.question_column)
+    metadata = _metadata(values, source.metadata_column)
+    if reward == "dialogue":
+        values = values | {source.answer_column: _goal(metadata, source.metadata_column)}
     choices, labels = _options(values) if reward == "choice" else (None, None)
     answer = _answer(values, source.answer_column, reward, labels)
     given_id = values.get(source.id_column)
-    identity = hashlib.sha256(question_key(question, choices).encode()).hexdigest()[:16] if given_id in (None, "") else str(given_id)
+    told_apart = [answer] if reward == "dialogue" else choices
+    identity = hashlib.sha256(question_key(question, told_apart).encode()).hexdigest()[:16] if given_id in (None, "") else str(given_id)
     domain = domain_of(source)
     if source.options.get("by_subject") and source.kind == "dataset":
         domain += f".{domains.subject_key(_text(values, 'subject'))}"
@@ -411,7 +435,7 @@ def _row(values: Any, source: SourceConfig, read: _Read) -> tuple[dict[str, Any]
         "licence": _optional_text(values, "licence") or source.licence or read.licence,
         "choices": choices,
         "choice_labels": labels,
-        "metadata": _metadata(values, source.metadata_column),
+        "metadata": metadata,
     }
     return row, given_id in (None, "")
 
@@ -475,6 +499,14 @@ def _metadata(values: dict[str, Any], column: str) -> str | None:
     if not isinstance(parsed, dict):
         raise Rejected(column, "is not a JSON object")
     return text
+
+
+def _goal(metadata: str | None, column: str) -> str:
+    """What a dialogue's user wants, in a line."""
+    try:
+        return dialogue.described(dialogue.checked(json.loads(metadata or "null")))
+    except (TypeError, ValueError) as problem:
+        raise Rejected(column, str(problem)) from None
 
 
 def _number_text(value: int | float | Decimal) -> str:

@@ -8,14 +8,14 @@ datasets.
 The rows of a local file (JSONL or Parquet) have the columns
 
     question        text, required
-    answer          text or number, required; for a choice its label, or its index from 0
+    answer          text or number, required; for a choice its label, or its index from 0; of a dialogue written from its goal
     id              unique in the file; made from the question where absent
     choices         list of options, or {"text": [...], "label": [...]}; only for choices
     labels          labels of the options; default A, B, C, ...
     subject         free; `options.subjects` selects by it and `options.by_subject` makes it part of the row's domain
     reward          how this row is scored; default: the source's
     source, licence default: the source's
-    metadata        a JSON object for the reward and the report
+    metadata        a JSON object for the reward and the report; of a dialogue its service and goal (dfpo_core/environments/dialogue.py)
 
 or the columns of the hub's copy, which `DataSet.columns` and `DataSet.convert` turn into these.
 """
@@ -33,7 +33,7 @@ from dfpo_core.registry import Registry
 if TYPE_CHECKING:
     from dfpo_core.config import PromptConfig
 
-NAMES = "math", "science"
+NAMES = "dialogue", "math", "science"
 
 registry = Registry("data.domain", "dfpo_core.domains", {name: name for name in NAMES})
 
@@ -62,6 +62,7 @@ class DataSet:
     configs: tuple[str, ...] = ()  # the hub's configurations that are read one after the other; empty: its only one
     subjects: tuple[str, ...] = ()  # rows of other subjects are left out; empty: every subject
     columns: dict[str, str] = field(default_factory=dict)  # our column: the hub's; applied to rows that have all of these
+    join: dict[str, Split] = field(default_factory=dict)  # columns that name a row (its `id`) of another table, which takes their place
     convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # of such a row after renaming; may raise LeftOut, ValueError
 
 

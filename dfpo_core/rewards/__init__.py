@@ -21,13 +21,13 @@ from dfpo_core.rewards.answers import canonical_number, extract_choice, extract_
 
 __all__ = ["canonical_number", "create", "extract_choice", "extract_number", "normalise_text", "parse", "registry", "score"]
 
-NAMES = "choice", "custom", "exact", "math", "number", "reasoning_gym", "reward_model", "row", "weighted"
+NAMES = "choice", "custom", "dialogue", "exact", "math", "number", "reasoning_gym", "reward_model", "row", "weighted"
 
 registry = Registry("train.reward.name", "dfpo_core.rewards", {name: name for name in NAMES})
 
 
 def score(rows: list[dict[str, Any]], responses: list[str], against: str = "answer", limits: RewardsConfig | None = None) -> list[float]:
-    """Each row's own reward: 1.0 or 0.0 a response.
+    """Each row's own reward: 1.0 or 0.0 a response; of a dialogue the share of its goal that was reached.
 
     Args:
         rows: data rows with `reward` (one of config.ROW_REWARDS), the column named by `against`, and what the reward reads besides:
