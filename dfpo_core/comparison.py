@@ -252,7 +252,10 @@ def _accuracies(trainer, questions: list[dict[str, Any]]) -> dict[str, Any]:
             policy,
             trainer.tokenizer,
             encoded,
+            rows=questions,
             max_new_tokens=config.train.max_new_tokens,
+            max_turns=config.train.max_turns,
+            max_conversation_tokens=config.train.max_conversation_tokens,
             batch_size=config.evaluate.batch_size,
             precision=config.precision,
         )

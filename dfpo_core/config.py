@@ -211,6 +211,10 @@ class TrainConfig(Section):
     prompts_per_step: int = Field(16, ge=1, description="different prompts a step")
     samples_per_prompt: int = Field(8, ge=1, description="responses a prompt")
     max_new_tokens: int = Field(16, ge=1, description="response length limit")
+    max_turns: int = Field(12, ge=1, description="turns of the policy in a conversation, of max_new_tokens each")
+    max_conversation_tokens: int = Field(
+        1024, ge=1, description="response tokens of a conversation, what is said to the policy included; it ends before they run out"
+    )
     temperature: float = Field(1.0, gt=0, description="sampling temperature of rollouts")
     epochs: int = Field(1, ge=1, description="passes over a rollout")
     minibatches: int = Field(1, ge=1, description="optimizer steps a pass")
@@ -394,6 +398,12 @@ class PipelineConfig(Section):
     @property
     def home_path(self) -> Path:
         return Path(self.home).expanduser().absolute()
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens of the longest response that training may see; a conversation's own limit where there are some."""
+        conversations = any(source.reward == "dialogue" for source in self.data.train)
+        return max(self.train.max_new_tokens, self.train.max_conversation_tokens if conversations else 0)
 
     @property
     def tracking_uri(self) -> str:

@@ -29,7 +29,7 @@ class CriticModel(nn.Module):
 
     def hidden(self, rollout: Rollout) -> Tensor:
         """(B, T, H) fp32 hidden states at the positions that predict each response token."""
-        parts = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
+        parts = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.attention_mask)
         return response_hidden(self.backbone, *parts, rollout.samples_per_prompt).float()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dfpo_core import models, promote, report, storage, tracking
+from dfpo_core import environments, models, promote, report, storage, tracking
 from dfpo_core.config import PipelineConfig, parse_config
 from dfpo_core.errors import UserError
 from dfpo_core.statistics import bootstrap_mean, paired_difference
@@ -122,8 +122,9 @@ def _policy(label: str, reference: str, version: str = "") -> Policy:
 
 
 def answer_all(config: PipelineConfig, policies: list[Policy], questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a policy and question: model, split, domain, row_id, question, answer, response, correct, mean_at_k.
+    """One row a policy and question: model, split, domain, row_id, question, answer, response, correct, mean_at_k, rates.
 
+    `rates` are those of a conversation's environment, such as task, ask and goal; its response is the transcript.
     Policies with the same weights are run once.
     """
     done: dict[str, list[dict[str, Any]]] = {}
@@ -151,9 +152,15 @@ def _answer(config: PipelineConfig, policy: Policy, questions: list[dict[str, An
         means = np.asarray(scores).reshape(len(questions), -1).mean(1).tolist()
     columns = ("split", "domain", "row_id", "question", "answer")
     return [
-        {name: row[name] for name in columns} | {"response": text, "correct": score >= 1.0, "mean_at_k": mean}
+        {name: row[name] for name in columns}
+        | {"response": environments.transcript(row, text), "correct": score >= 1.0, "mean_at_k": mean, "rates": _rates(row, text)}
         for row, text, score, mean in zip(questions, responses, correct, means, strict=True)
     ]
+
+
+def _rates(row: dict[str, Any], response: str) -> dict[str, float]:
+    """How a conversation went, by rate; empty for a question."""
+    return environments.play(row, response)[0].rates() if environments.converses(row) else {}
 
 
 def _respond(config: PipelineConfig, policy: Policy, questions: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -168,7 +175,8 @@ def _respond(config: PipelineConfig, policy: Policy, questions: list[dict[str, A
     model, tokenizer = models.load_policy(policy.reference, config.home_path)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     encoded = prompts.encode(tokenizer, questions, config.prompt)
-    common: dict[str, Any] = {"max_new_tokens": config.train.max_new_tokens, "precision": config.precision}
+    limits = {name: getattr(config.train, name) for name in ("max_new_tokens", "max_turns", "max_conversation_tokens")}
+    common: dict[str, Any] = {"rows": questions, "precision": config.precision, **limits}
     total = len(questions) * (2 if samples else 1)
     with tqdm(total=total, desc=f"evaluate {policy.label}", unit="question", disable=None) as bar:
         greedy = rollout.respond(model, tokenizer, encoded, batch_size=settings.batch_size, progress=bar.update, **common)
@@ -188,11 +196,11 @@ def critic_figures(config: PipelineConfig, trained_checkpoint: str, critic_check
     """
     if not (Path(critic_checkpoint) / "critic.json").is_file():
         return {}
-    from dfpo_core import figures, rewards, rollout
+    from dfpo_core import figures, rewards
 
     rows = [row for row in questions if row["split"] == "id_test"][:CRITIC_QUESTIONS]
-    tokenizer, sampled, (returns, values, uncertainty) = _sample_with_critic(config, trained_checkpoint, critic_checkpoint, rows)
-    scores = np.asarray(rewards.score(rows, rollout.decode(tokenizer, sampled.response_ids, sampled.mask), limits=config.rewards))
+    tokenizer, sampled, texts, (returns, values, uncertainty) = _sample_with_critic(config, trained_checkpoint, critic_checkpoint, rows)
+    scores = np.asarray(rewards.score(rows, texts, limits=config.rewards))
     realised, valid = np.broadcast_to(scores[:, None], values.shape), sampled.mask.numpy() > 0
     i = int(valid.sum(-1).argmax())  # the longest response has the most to show
     tokens = [tokenizer.decode([token]) for token in sampled.response_ids[i].numpy()[valid[i]]]
@@ -205,7 +213,7 @@ def critic_figures(config: PipelineConfig, trained_checkpoint: str, critic_check
 
 
 def _sample_with_critic(config: PipelineConfig, trained_checkpoint: str, critic_checkpoint: str, rows: list[dict[str, Any]]) -> tuple:
-    """(tokenizer, one sampled response a row, the critic's (returns (B, T, K), values (B, T), uncertainty (B, T)) as arrays)."""
+    """(tokenizer, one sampled response a row, its text, the critic's (returns (B, T, K), values (B, T), uncertainty (B, T)) as arrays)."""
     import torch
 
     from dfpo_core import rollout
@@ -215,21 +223,23 @@ def _sample_with_critic(config: PipelineConfig, trained_checkpoint: str, critic_
     model, tokenizer = models.load_policy(trained_checkpoint, config.home_path)
     ids, mask = rollout.pad_left(prompts.encode(tokenizer, rows, config.prompt), tokenizer.pad_token_id)
     with rollout.autocast(config.precision, model.config.hidden_size), torch.no_grad():
-        sampled = rollout.generate(
+        sampled, texts = rollout.converse(
             model,
+            tokenizer,
+            rows,
             ids,
             mask,
             samples_per_prompt=1,
             max_new_tokens=config.train.max_new_tokens,
+            max_turns=config.train.max_turns,
+            max_conversation_tokens=config.train.max_conversation_tokens,
             temperature=config.train.temperature,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
             generator=torch.Generator().manual_seed(config.seed),
         )
         critic = load_critic(critic_checkpoint)
-        hidden = rollout.response_hidden(critic.backbone, ids, mask, sampled.response_ids, sampled.mask, 1).float()
+        hidden = rollout.response_hidden(critic.backbone, ids, mask, sampled.response_ids, sampled.attention_mask, 1).float()
         estimates = critic.head.sample_returns(hidden), critic.head.value(hidden), critic.head.uncertainty(hidden)
-    return tokenizer, sampled, tuple(estimate.numpy() for estimate in estimates)
+    return tokenizer, sampled, texts, tuple(estimate.numpy() for estimate in estimates)
 
 
 # ---------------------------------------------------------------------------------------------------------- summary
@@ -238,18 +248,23 @@ def _sample_with_critic(config: PipelineConfig, trained_checkpoint: str, critic_
 def summarise(config: PipelineConfig, policies: list[Policy], answers: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of evaluation.json: accuracies, mean@k and paired differences by split and domain, and what was compared.
 
-    Every list entry carries mean, low, high and count (questions).
+    Every list entry carries mean, low, high and count (questions). `completion` has the rates of conversations, over those in which a
+    rate says something.
     """
     settings = config.evaluate
     bootstrap = {"confidence": settings.confidence, "samples": settings.bootstrap_samples, "seed": config.seed}
     groups = _group(answers)
     labels = [policy.label for policy in policies]
     places = sorted({(split, domain) for _, split, domain in groups}, key=lambda place: (place[0], place[1] != ALL, place[1]))
-    accuracy, mean_at_k, differences = [], [], []
+    accuracy, mean_at_k, completion, differences = [], [], [], []
     for (split, domain), label in product(places, labels):
         rows = groups[label, split, domain]
         where = {"model": label, "split": split, "domain": domain}
         accuracy.append(where | asdict(bootstrap_mean(_correct(rows), **bootstrap)))
+        rates = [row.get("rates", {}) for row in rows]
+        for name in dict.fromkeys(name for found in rates for name in found):
+            values = [found[name] for found in rates if name in found]
+            completion.append(where | {"rate": name} | asdict(bootstrap_mean(values, **bootstrap)))
         if settings.samples:
             mean_at_k.append(where | asdict(bootstrap_mean([row["mean_at_k"] for row in rows], **bootstrap)))
     for (split, domain), (first, second) in product(places, COMPARISONS):
@@ -261,6 +276,7 @@ def summarise(config: PipelineConfig, policies: list[Policy], answers: list[dict
         "models": [asdict(policy) for policy in policies],
         "accuracy": accuracy,
         "mean_at_k": mean_at_k,
+        "completion": completion,
         "differences": differences,
         "settings": settings.model_dump() | {"seed": config.seed, "max_new_tokens": config.train.max_new_tokens},
         "registered_model": config.promote.registered_model,
@@ -284,9 +300,11 @@ def _correct(rows: list[dict[str, Any]]) -> np.ndarray:
 
 def metrics_of(evaluation: dict[str, Any], domains: tuple[str, ...] | None = None) -> dict[str, float]:
     """Flat metrics: `eval/<split>/<domain>/accuracy` is the trained policy's, `…/accuracy_sft` another's, each with `_low` and
-    `_high`; `…/mean_at_k` likewise; `…/gain_over_sft` is a paired difference of the trained policy, `…/sft_over_base` of SFT."""
+    `_high`; `…/mean_at_k` and, of conversations, `…/task_completion`, `…/ask_completion` and `…/goal_completion` likewise;
+    `…/gain_over_sft` is a paired difference of the trained policy, `…/sft_over_base` of SFT."""
     metrics: dict[str, float] = {}
     named = [(kind, entry, entry["model"]) for kind in ("accuracy", "mean_at_k") for entry in evaluation[kind]]
+    named += [(f"{entry['rate']}_completion", entry, entry["model"]) for entry in evaluation["completion"]]
     entries = [(kind if model == "trained" else f"{kind}_{model}", entry) for kind, entry, model in named]
     for entry in evaluation["differences"]:
         prefix = "gain_over" if entry["first"] == "trained" else f"{entry['first']}_over"
@@ -306,8 +324,9 @@ def _write(folder: Path, evaluation: dict[str, Any], answers: list[dict[str, Any
     import pyarrow.parquet as parquet
 
     text = [(name, pyarrow.string()) for name in ("model", "split", "domain", "row_id", "question", "answer", "response")]
-    schema = pyarrow.schema([*text, ("correct", pyarrow.bool_()), ("mean_at_k", pyarrow.float64())])
-    parquet.write_table(pyarrow.Table.from_pylist(answers, schema=schema), folder / "answers.parquet")
+    schema = pyarrow.schema([*text, ("correct", pyarrow.bool_()), ("mean_at_k", pyarrow.float64()), ("rates", pyarrow.string())])
+    written = [row | {"rates": json.dumps(row["rates"])} for row in answers]
+    parquet.write_table(pyarrow.Table.from_pylist(written, schema=schema), folder / "answers.parquet")
     (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1, ensure_ascii=False), encoding="utf-8")
 
 

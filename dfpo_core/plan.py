@@ -1,6 +1,7 @@
 """`dfpo plan`: what one GPU must hold in the train step, before anything is spent. Arithmetic on the model's shape: no weights, no network.
 
-Everything is in bytes, for the worst case: prompts of prompt.max_prompt_tokens, responses of train.max_new_tokens. What autograd
+Everything is in bytes, for the worst case: prompts of prompt.max_prompt_tokens, responses of train.max_new_tokens
+(conversations of train.max_conversation_tokens). What autograd
 keeps follows the operations of transformers' Llama, Qwen and Mistral layers, and is checked against measured peaks
 (tests/test_plan.py). Not counted are the CUDA context, communication buffers and fragmentation: RESERVED stands for them.
 """
@@ -284,7 +285,7 @@ def plan(config: PipelineConfig, model_config: str = "", gpus: int = 0, zero_sta
             micro_prompts=min(train.micro_batch_prompts, minibatch),
             updates=train.epochs * train.minibatches,
             prompt_tokens=config.prompt.max_prompt_tokens,
-            response_tokens=train.max_new_tokens,
+            response_tokens=config.response_tokens,
             gpus=sharing,
             zero_stage=zero_stage or 0,
             checkpointing=checkpointing,

@@ -30,6 +30,7 @@ def render(
         _heading(config, evaluation),
         _gate(decision),
         section("Accuracy", drawn["accuracy"] + _accuracy_table(evaluation), "Greedy answers, with bootstrap intervals over questions."),
+        _conversations(evaluation),
         section("Paired differences", drawn["differences"], "Same questions for both policies, so hard questions cancel out."),
         _critic(drawn),
         section("Sample answers", _samples(answers), "Chosen to show gains, losses, and questions that nobody answers."),
@@ -165,6 +166,22 @@ def _accuracy_table(evaluation: dict[str, Any]) -> str:
             cells.append(_with_interval(values[split, domain, label]) + mean_at_k)
         rows.append(cells)
     return table(["Split", "Domain", "Questions", *map(_name, labels)], rows, numbers_from=2)
+
+
+def _conversations(evaluation: dict[str, Any]) -> str:
+    """Completion rates of conversations by split and domain; nothing where there are none."""
+    entries = {(entry["split"], entry["domain"], entry["rate"], entry["model"]): entry for entry in evaluation["completion"]}
+    if not entries:
+        return ""
+    labels = [policy["label"] for policy in evaluation["models"]]
+    rows = []
+    for split, domain, rate in dict.fromkeys(key[:3] for key in entries):
+        name = "all conversations" if domain == "all" else domain
+        cells = [escape(SPLIT_NAMES.get(split, split)), escape(name), escape(rate), str(entries[split, domain, rate, labels[0]]["count"])]
+        rows.append(cells + [_with_interval(entries[split, domain, rate, label]) for label in labels])
+    listed = table(["Split", "Domain", "Rate", "Conversations", *map(_name, labels)], rows, numbers_from=3)
+    note = "task: every call of the goal, and no wrong booking; ask: everything asked for was told, where something was; goal: both."
+    return section("Completion of conversations", listed, note)
 
 
 def _samples(answers: list[dict[str, Any]]) -> str:

@@ -1,5 +1,7 @@
 """Rollouts: sampling responses with a KV cache, and teacher-forced passes over them that share each prompt's computation.
 
+The response to a conversation is sampled turn by turn, with what its environment says in between.
+
 Prompts are left-padded, responses right-padded. What sequences begin with in common is computed once: the prefix of all prompts,
 then each prompt of a group of responses. Keys and values are repeated, with gradients flowing back through the repetition, so the
 result is the same as running every (prompt, response) pair in full.
@@ -10,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from dfpo_core import environments
+from dfpo_core.data.prompts import reply_tokens
 from dfpo_core.errors import TrainingDiverged
 
 
@@ -23,7 +28,8 @@ class Generation:
     """Sampled responses: all tensors (B, T)."""
 
     response_ids: Tensor  # int64; pad after the end
-    mask: Tensor  # float, 1 up to and including EOS
+    mask: Tensor  # float, 1 on sampled tokens, each EOS included
+    attention_mask: Tensor  # float, 1 on these and on what was said to the policy
     log_probs: Tensor  # of the sampled tokens under the sampling distribution
     entropy: Tensor  # of the sampling distribution, nats
 
@@ -94,18 +100,19 @@ def _prefill(backbone, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor,
 
 
 def response_hidden(
-    backbone, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor, samples_per_prompt: int
+    backbone, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, attention_mask: Tensor, samples_per_prompt: int
 ) -> Tensor:
     """Last hidden states (B, T, H) at the positions that predict each response token.
 
-    `prompt_ids`, `prompt_mask` (P, L) left-padded, `response_ids`, `mask` (B, T) right-padded with B = P * samples_per_prompt.
+    `prompt_ids`, `prompt_mask` (P, L) left-padded, `response_ids`, `attention_mask` (B, T) right-padded with
+    B = P * samples_per_prompt.
     """
     first, cache, attention = _prefill(backbone, prompt_ids, prompt_mask)
     first = first.repeat_interleave(samples_per_prompt, 0)[:, None]
     if response_ids.shape[1] == 1:
         return first
     cache.batch_repeat_interleave(samples_per_prompt)
-    attention = torch.cat([attention.repeat_interleave(samples_per_prompt, 0), mask[:, :-1].long()], 1)
+    attention = torch.cat([attention.repeat_interleave(samples_per_prompt, 0), attention_mask[:, :-1].long()], 1)
     rest = backbone(
         input_ids=response_ids[:, :-1],
         attention_mask=attention,
@@ -176,11 +183,80 @@ def generate(
             use_cache=True,
         ).last_hidden_state[:, -1]
     length = t + 1
-    return Generation(response_ids[:, :length], mask[:, :length], log_probs[:, :length], entropy[:, :length])
+    mask = mask[:, :length]
+    return Generation(response_ids[:, :length], mask, mask, log_probs[:, :length], entropy[:, :length])
+
+
+@torch.no_grad()
+def converse(
+    model,
+    tokenizer,
+    rows: list[dict[str, Any]],
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    *,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    max_turns: int,
+    max_conversation_tokens: int,
+    temperature: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Generation, list[str]]:
+    """Responses to one row a prompt, and their texts. Those of a conversation go on while it does, within the limits.
+
+    A conversation's text is the policy's turns joined by environments.TURN. Other rows are answered as `generate` does, bit for bit.
+    Every turn is a pass over what was said before it.
+    """
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "generator": generator}
+    sampling |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    first = generate(model, prompt_ids, prompt_mask, samples_per_prompt=samples_per_prompt, **sampling)
+    texts = decode(tokenizer, first.response_ids, first.mask)
+    rows = [row for row in rows for _ in range(samples_per_prompt)]
+    talks = {i: environments.start(row) for i, row in enumerate(rows) if environments.converses(row)}
+    if not talks:
+        return first, texts
+    contexts = [ids[real > 0].tolist() for ids, real in zip(prompt_ids, prompt_mask, strict=True) for _ in range(samples_per_prompt)]
+    sequences = _sampled(first)  # (token, 1 where sampled, log-probability, entropy) of every token so far
+    turns = {i: [texts[i].replace(environments.TURN, " ")] for i in talks}
+    going = list(talks)
+    for _ in range(max_turns - 1):
+        replies = {i: talks[i].reply(turns[i][-1]) for i in going}
+        going = [i for i in going if replies[i] is not None]
+        ended = [sequences[i][-1][0] == tokenizer.eos_token_id for i in going]
+        added = reply_tokens(tokenizer, [replies[i] for i in going], ended)
+        room = {i: max_conversation_tokens - len(sequences[i]) - len(ids) for i, ids in zip(going, added, strict=True)}
+        for i, ids in zip(going, added, strict=True):
+            sequences[i] += [(token, 0.0, 0.0, 0.0) for token in ids] if room[i] >= max_new_tokens else []
+        going = [i for i in going if room[i] >= max_new_tokens]
+        if not going:
+            break
+        ids, mask = pad_left([contexts[i] + [token for token, *_ in sequences[i]] for i in going], tokenizer.pad_token_id)
+        turn = generate(model, ids.to(prompt_ids.device), mask.to(prompt_ids.device), samples_per_prompt=1, **sampling)
+        for i, tokens, text in zip(going, _sampled(turn), decode(tokenizer, turn.response_ids, turn.mask), strict=True):
+            sequences[i] += tokens
+            turns[i].append(text.replace(environments.TURN, " "))
+    texts = [environments.TURN.join(turns[i]) if i in turns else text for i, text in enumerate(texts)]
+    return _padded(sequences, tokenizer.pad_token_id, prompt_ids.device), texts
+
+
+def _sampled(generation: Generation) -> list[list[tuple[int, float, float, float]]]:
+    """(token, 1.0, log-probability, entropy) of each response's tokens."""
+    lengths = generation.mask.sum(-1).long().tolist()
+    columns = [t.tolist() for t in (generation.response_ids, generation.mask, generation.log_probs, generation.entropy)]
+    return [list(zip(*(column[i][:n] for column in columns), strict=True)) for i, n in enumerate(lengths)]
+
+
+def _padded(sequences: list[list[tuple[int, float, float, float]]], pad: int, device: torch.device) -> Generation:
+    """The Generation of unpadded sequences of (token, mask, log-probability, entropy)."""
+    ids, attention_mask = pad_right([[token for token, *_ in sequence] for sequence in sequences], pad)
+    rest = torch.zeros(3, *ids.shape)
+    for i, sequence in enumerate(sequences):
+        rest[:, i, : len(sequence)] = torch.tensor([values for _, *values in sequence]).T
+    return Generation(*(t.to(device) for t in (ids, rest[0], attention_mask, rest[1], rest[2])))
 
 
 def decode(tokenizer, response_ids: Tensor, mask: Tensor) -> list[str]:
-    """Response texts, without what follows the end and without special tokens."""
+    """Texts of responses of one turn, without what follows the end and without special tokens."""
     lengths = mask.sum(-1).long().tolist()
     return tokenizer.batch_decode([ids[:n] for ids, n in zip(response_ids.tolist(), lengths, strict=True)], skip_special_tokens=True)
 
@@ -192,13 +268,19 @@ def respond(
     *,
     max_new_tokens: int,
     batch_size: int,
+    rows: list[dict[str, Any]] | None = None,
+    max_turns: int = 1,
+    max_conversation_tokens: int = 0,
     precision: str = "auto",
     temperature: float = 0.0,
     samples: int = 1,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> list[list[str]]:
-    """Texts of `samples` responses to each prompt, in the order given. `progress` is told the prompts done after each batch."""
+    """Texts of `samples` responses to each prompt, in the order given. `progress` is told the prompts done after each batch.
+
+    With the prompts' `rows`, those that are conversations are held to their end or to the limits, as `converse` does.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     texts: list[list[str]] = [[] for _ in prompts]
@@ -208,18 +290,19 @@ def respond(
         chosen = order[start : start + batch_size]
         ids, mask = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id)
         with autocast(precision, model.config.hidden_size, device):
-            generation = generate(
+            _, decoded = converse(
                 model,
+                tokenizer,
+                [rows[i] if rows else {} for i in chosen],
                 ids.to(device),
                 mask.to(device),
                 samples_per_prompt=samples,
                 max_new_tokens=max_new_tokens,
+                max_turns=max_turns,
+                max_conversation_tokens=max_conversation_tokens,
                 temperature=temperature,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
                 generator=generator,
             )
-        decoded = decode(tokenizer, generation.response_ids, generation.mask)
         for row, i in enumerate(chosen):
             texts[i] = decoded[row * samples : (row + 1) * samples]
         if progress:

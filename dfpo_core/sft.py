@@ -1,4 +1,7 @@
-"""Supervised warm start: next-token cross-entropy on the training labels as they are (wrong ones included), EOS learned."""
+"""Supervised warm start: next-token cross-entropy on the training labels as they are (wrong ones included), EOS learned.
+
+A conversation has no label: its target is what a scripted policy that knows the goal says, turn by turn.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dfpo_core import rollout
+from dfpo_core import environments, rollout
 from dfpo_core.config import PipelineConfig
 from dfpo_core.data import prompts
 from dfpo_core.engines.pytorch import TorchEngine, learning_rate_factor
+from dfpo_core.environments.demonstration import demonstrate
 from dfpo_core.errors import UserError
 from dfpo_core.models import load_policy, save_policy
 
 
-def sft_loss(model, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor, token_count: float) -> Tensor:
-    """Cross-entropy over response tokens, divided by the token count of the whole batch, so that micro-batches add up."""
-    hidden = rollout.response_hidden(model.base_model, prompt_ids, prompt_mask, response_ids, mask, 1)
+def sft_loss(
+    model, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, attention_mask: Tensor, mask: Tensor, token_count: float
+) -> Tensor:
+    """Cross-entropy over the tokens where `mask` is 1, divided by their count in the whole batch, so that micro-batches add up."""
+    hidden = rollout.response_hidden(model.base_model, prompt_ids, prompt_mask, response_ids, attention_mask, 1)
     log_probs, _ = rollout.token_log_probs(model, hidden, response_ids)
     return -(log_probs * mask).sum() / token_count
 
@@ -57,9 +63,19 @@ def labelled(data: str | Path, columns: tuple[str, ...], keep_missing: bool = Fa
     return rows
 
 
-def targets(tokenizer, rows: list[dict]) -> list[list[int]]:
-    """Label tokens followed by EOS."""
-    return [tokenizer.encode(row["label"], add_special_tokens=False) + [tokenizer.eos_token_id] for row in rows]
+def targets(tokenizer, rows: list[dict]) -> tuple[list[list[int]], list[list[float]]]:
+    """(tokens, 1.0 on those to learn) of each row: label tokens followed by EOS, or a whole conversation."""
+    ids, learned = [], []
+    for row in rows:
+        exchanges = demonstrate(row) if environments.converses(row) else [(row["label"], None)]
+        replies = prompts.reply_tokens(tokenizer, [reply for _, reply in exchanges if reply is not None], [True] * (len(exchanges) - 1))
+        ids.append([])
+        learned.append([])
+        for (text, _), reply in zip(exchanges, [*replies, []], strict=True):
+            turn = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+            ids[-1] += turn + reply
+            learned[-1] += [1.0] * len(turn) + [0.0] * len(reply)
+    return ids, learned
 
 
 def run(config: str | PipelineConfig, parent_run_id: str, data: str, output: str) -> dict[str, float]:
@@ -86,20 +102,21 @@ def train(model, tokenizer, rows: list[dict], config: PipelineConfig, step_run) 
     if settings.steps == 0:
         return metrics
     prompt_tokens = prompts.encode(tokenizer, rows, config.prompt)
-    label_tokens = targets(tokenizer, rows)
+    target_tokens, learned = targets(tokenizer, rows)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     engine = TorchEngine(model.to(device), "sft", {"": settings.learning_rate}, settings.weight_decay, settings.max_grad_norm)
     for step in tqdm(range(settings.steps), desc="sft", disable=None):
         started = time.perf_counter()
         chosen = batch_indices(len(rows), settings.batch_size, step, config.seed)
-        token_count = float(sum(len(label_tokens[i]) for i in chosen))
+        token_count = sum(sum(learned[i]) for i in chosen)
         total = 0.0
         for start in range(0, len(chosen), settings.micro_batch_size):
             part = chosen[start : start + settings.micro_batch_size]
             prompt = rollout.pad_left([prompt_tokens[i] for i in part], tokenizer.pad_token_id)
-            response = rollout.pad_right([label_tokens[i] for i in part], tokenizer.pad_token_id)
+            ids, attention_mask = rollout.pad_right([target_tokens[i] for i in part], tokenizer.pad_token_id)
+            mask = torch.tensor([learned[i] + [0.0] * (ids.shape[1] - len(learned[i])) for i in part])
             with rollout.autocast(config.precision, model.config.hidden_size, device):
-                loss = sft_loss(model, *(t.to(device) for t in (*prompt, *response)), token_count)
+                loss = sft_loss(model, *(t.to(device) for t in (*prompt, ids, attention_mask, mask)), token_count)
             engine.backward(loss)
             total += loss.item()
         norm = engine.step(learning_rate_factor(step, settings.steps, settings.warmup_steps, settings.schedule))

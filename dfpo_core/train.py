@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfpo_core import advantages, algorithms, checkpoint, critics, figures, noise, policy_losses, rewards, rollout, tracking
+from dfpo_core import advantages, algorithms, checkpoint, critics, environments, figures, noise, policy_losses, rewards, rollout, tracking
 from dfpo_core.config import PipelineConfig
 from dfpo_core.critic_model import CriticModel, save_critic
 from dfpo_core.data import prompts
@@ -24,7 +24,7 @@ from dfpo_core.models import directory_sha256, load_policy, save_policy
 from dfpo_core.policy_losses.ppo_clip import kl_estimate
 from dfpo_core.rewards import pool
 from dfpo_core.sft import batch_indices, labelled
-from dfpo_core.types import AdvantageInputs, CriticBatch, PolicyLossInputs, Rollout, masked_mean
+from dfpo_core.types import AdvantageInputs, CriticBatch, PolicyLossInputs, Rollout, last_token, masked_mean
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Trainer:
     def __init__(self, config: PipelineConfig, sft_checkpoint: str, rows: list[dict]):
         self.config, self.settings, self.rows = config, config.train, rows
         self.row_of = {row["row_id"]: row for row in rows}
+        self.conversations = any(map(environments.converses, rows))
         self.algorithm = algorithms.resolve(self.settings)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(config.seed)
@@ -89,7 +90,7 @@ class Trainer:
         batch, texts = self.sample()
         generated = time.perf_counter()
         token_rewards = self.token_rewards(batch)
-        metrics = self.rollout_metrics(batch)
+        metrics = self.rollout_metrics(batch) | self.conversation_metrics(batch, texts)
         old_hidden = self.critic_hidden(batch)
         returns, values = self.estimate(old_hidden)
         if values is not None:
@@ -122,18 +123,19 @@ class Trainer:
         ids, mask = rollout.pad_left([self.prompt_tokens[i] for i in chosen], self.tokenizer.pad_token_id)
         ids, mask = ids.to(self.device), mask.to(self.device)
         with self.autocast(), self.policy.gathered() as policy:
-            generation = rollout.generate(
+            generation, texts = rollout.converse(
                 policy,
+                self.tokenizer,
+                [self.rows[i] for i in chosen],
                 ids,
                 mask,
                 samples_per_prompt=s.samples_per_prompt,
                 max_new_tokens=s.max_new_tokens,
+                max_turns=s.max_turns,
+                max_conversation_tokens=s.max_conversation_tokens,
                 temperature=s.temperature,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
                 generator=self.generator,
             )
-        texts = rollout.decode(self.tokenizer, generation.response_ids, generation.mask)
         rows = [self.rows[i] for i in chosen for _ in range(s.samples_per_prompt)]
         ids_of = [row["row_id"] for row in rows]
         noisy = noise.reward_noise(self.judged(rows, texts), ids_of, texts, s.reward_noise, self.config.seed, self.steps_done)
@@ -142,6 +144,7 @@ class Trainer:
             prompt_mask=mask,
             response_ids=generation.response_ids,
             mask=generation.mask,
+            attention_mask=generation.attention_mask,
             log_probs=generation.log_probs,
             reference_log_probs=torch.zeros_like(generation.log_probs),
             entropy=generation.entropy,
@@ -172,16 +175,14 @@ class Trainer:
 
     def log_probs(self, model, batch: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """(log-probabilities (B, T), entropies (B, T), hidden state after the prompt (B, H)), with gradient."""
-        parts = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
+        parts = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.attention_mask)
         with self.autocast():
             hidden = rollout.response_hidden(model.base_model, *parts, batch.samples_per_prompt)
             return *rollout.token_log_probs(model, hidden, batch.response_ids, self.settings.temperature), hidden[:, 0]
 
     def token_rewards(self, batch: Rollout) -> Tensor:
         """r_t = -beta KL_t + 1[t = T] R, (B, T); the sequence reward sits on the last valid token."""
-        last = batch.mask.sum(-1).long() - 1
-        reward = torch.zeros_like(batch.mask)
-        reward[torch.arange(len(last), device=self.device), last] = batch.rewards
+        reward = last_token(batch.mask) * batch.rewards[:, None]
         if self.settings.kl_in == "reward" and self.settings.kl_coefficient:
             kl = kl_estimate(batch.log_probs, batch.reference_log_probs, self.settings.kl_estimator)
             reward = reward - self.settings.kl_coefficient * kl * batch.mask
@@ -222,7 +223,7 @@ class Trainer:
                     token_count=minibatch.token_count,
                     sequence_count=len(minibatch.row_ids),
                     samples_per_prompt=self.settings.samples_per_prompt,
-                    max_new_tokens=self.settings.max_new_tokens,
+                    max_new_tokens=self.settings.max_new_tokens * (self.settings.max_turns if self.conversations else 1),
                     prompt_hidden=prompt_hidden,
                 )
             )
@@ -283,7 +284,7 @@ class Trainer:
 
     def rollout_metrics(self, batch: Rollout) -> dict[str, float]:
         lengths = batch.mask.sum(-1)
-        ended = (batch.response_ids == self.tokenizer.eos_token_id).logical_and(batch.mask > 0).any(-1).float()
+        ended = (batch.response_ids == self.tokenizer.eos_token_id).logical_and(last_token(batch.mask) > 0).any(-1).float()
         kl = kl_estimate(batch.log_probs, batch.reference_log_probs, "k1")
         return {
             "reward/noisy": batch.rewards.mean().item(),
@@ -294,6 +295,18 @@ class Trainer:
             "rollout/truncated_fraction": 1.0 - ended.mean().item(),
             "reward/failed_checks": float(sum(pool.take_failures().values())),
         }
+
+    def conversation_metrics(self, batch: Rollout, texts: list[str]) -> dict[str, float]:
+        """How the step's conversations went: turns of the policy, and the mean of every rate. Empty without conversations."""
+        rows = [self.row_of[row_id] for row_id in batch.row_ids]
+        talks = [(row, text) for row, text in zip(rows, texts, strict=True) if environments.converses(row)]
+        if not talks:
+            return {}
+        found: dict[str, list[float]] = {"turns": [float(text.count(environments.TURN) + 1) for _, text in talks]}
+        for row, text in talks:
+            for name, rate in environments.play(row, text)[0].rates().items():
+                found.setdefault(f"{name}_completion", []).append(rate)
+        return {f"rollout/{name}": sum(values) / len(values) for name, values in found.items()}
 
     @torch.no_grad()
     def details(self, batch, texts, token_rewards, returns, values, advantage, hidden) -> StepDetails:
@@ -317,7 +330,7 @@ class Trainer:
                     "step": details.step,
                     "row_id": batch.row_ids[i],
                     "question": row["question"],
-                    "response": details.texts[i],
+                    "response": environments.transcript(row, details.texts[i]),
                     "label": row["label"],
                     "answer": row["answer"],
                     "reward": batch.rewards[i].item(),

@@ -12,6 +12,9 @@ from torch import Tensor
 class Rollout:
     """One batch of sampled responses. Prompts are left-padded, responses right-padded.
 
+    The response to a row that is a conversation holds the policy's turns and, between them, what was said to it: tokens that the
+    models read (`attention_mask`) and that nothing is learned from (`mask` is 0). Returns flow over them to the next turn.
+
     Rows that share a prompt are adjacent: row i belongs to prompt i // samples_per_prompt, so prompt tensors have
     B / samples_per_prompt rows.
     """
@@ -19,7 +22,8 @@ class Rollout:
     prompt_ids: Tensor  # (P, L) int64
     prompt_mask: Tensor  # (P, L) int64, 1 on real tokens
     response_ids: Tensor  # (B, T) int64, EOS included
-    mask: Tensor  # (B, T) float, 1 on response tokens up to and including EOS
+    mask: Tensor  # (B, T) float, 1 on tokens of the policy, each EOS included
+    attention_mask: Tensor  # (B, T) float, 1 on every token that is no padding
     log_probs: Tensor  # (B, T) under the policy that sampled
     reference_log_probs: Tensor  # (B, T) under the frozen reference policy
     entropy: Tensor  # (B, T) of the sampling distribution
@@ -107,6 +111,12 @@ class PolicyLossInputs:
     samples_per_prompt: int
     max_new_tokens: int = 0  # the generation budget, the same for every batch of a run
     prompt_hidden: Tensor | None = None  # (B, H) the policy's state after the prompt's last token, with gradient
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """1.0 on the last valid token of each row: (B, T) -> (B, T). That token is done, whatever it is."""
+    valid = (mask > 0).float()
+    return valid * (valid.flip(1).cumsum(1).flip(1) == 1)
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: float | None = None) -> Tensor:

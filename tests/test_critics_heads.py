@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfpo_core.critics import registry
-from dfpo_core.critics.flow import FlowConfig, FlowCritic, dispersion, last_token, one_step, solve, stratified_noise
+from dfpo_core.critics.flow import FlowConfig, FlowCritic, dispersion, one_step, solve, stratified_noise
 from dfpo_core.critics.quantile import quantile_huber
 from dfpo_core.critics.scalar import clipped_value_error
-from dfpo_core.types import CriticBatch
+from dfpo_core.types import CriticBatch, last_token
 
 HIDDEN = 12
 ALL_TERMS = {name: 0.5 for name in FlowConfig.model_fields if name.endswith("_weight")}

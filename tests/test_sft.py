@@ -15,8 +15,9 @@ from tests.training import Untracked, rows_of_sums, tiny_config, write_rows
 
 def batch(tokenizer, rows):
     prompt = rollout.pad_left([tokenizer.encode(r["question"]) for r in rows], tokenizer.pad_token_id)
-    labels = sft.targets(tokenizer, rows)
-    return (*prompt, *rollout.pad_right(labels, tokenizer.pad_token_id)), labels
+    labels, _ = sft.targets(tokenizer, rows)
+    ids, mask = rollout.pad_right(labels, tokenizer.pad_token_id)
+    return (*prompt, ids, mask, mask), labels
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_label_tokens_and_the_end(tmp_path):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dfpo_core.config import Section
 from dfpo_core.critics import flow_losses, registry
 from dfpo_core.critics.bootstrap import lambda_returns, sampled_horizons, sampled_lambda_returns
-from dfpo_core.types import CriticBatch, LossOutput
+from dfpo_core.types import CriticBatch, LossOutput, last_token
 
 START_SHARE = 0.25  # of the flow times drawn
 FLOW_FEATURES = 4  # cosines each of flow time and step size; sines and cosines of the position
@@ -312,12 +312,6 @@ def dispersion(velocity: flow_losses.Velocity, noise: Tensor) -> Tensor:
     """Mean over S of |dZ/deps| of the one-step map: noise (.., S) -> (..)."""
     _, derivative = torch.func.jvp(lambda eps: one_step(velocity, eps), (noise.contiguous(),), (torch.ones_like(noise),))
     return derivative.abs().mean(-1)
-
-
-def last_token(mask: Tensor) -> Tensor:
-    """1.0 on the last valid token of each row: (B, T) -> (B, T). That token is done, whatever it is."""
-    valid = (mask > 0).float()
-    return valid * (valid.flip(1).cumsum(1).flip(1) == 1)
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:

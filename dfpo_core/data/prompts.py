@@ -84,6 +84,31 @@ def tokenize(tokenizer: Any, rows: list[dict[str, Any]], config: PromptConfig) -
     return prompts
 
 
+def reply_tokens(tokenizer: Any, replies: list[str], ended: list[bool]) -> list[list[int]]:
+    """Tokens between one turn of the policy and its next: what is said to it, in the form of the chat template or as plain lines.
+
+    Args:
+        ended: whether the turn before has its EOS; where it was cut off, the template's end of a turn is a part of the reply.
+    """
+    opening, closing = _around_reply(tokenizer)
+    end = tokenizer.eos_token
+    for special in tokenizer.all_special_tokens:  # a text must not end the turn that it stands in
+        replies = [reply.replace(special, "") for reply in replies]
+    openings = [opening.removeprefix(end) if there and opening.startswith(end) else opening for there in ended]
+    texts = [f"{before}{reply}{closing}" for before, reply in zip(openings, replies, strict=True)]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _around_reply(tokenizer: Any) -> tuple[str, str]:
+    """The template's text before and behind the user's second turn, from the end of the policy's first one on."""
+    if not tokenizer.chat_template:
+        return "\n", "\n"
+    turns = [{"role": role, "content": f"[{role} {number}]"} for number, role in enumerate(("user", "assistant", "user"))]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    opening, _, closing = text.partition(turns[1]["content"])[2].partition(turns[2]["content"])
+    return opening, closing
+
+
 def _plain_text(row: dict[str, Any], config: PromptConfig) -> str:
     system = f"{config.system}\n" if config.system else ""
     examples = "".join(f"{turn}\n{answer}\n\n" for turn, answer in example_turns(row, config))
