@@ -10,13 +10,14 @@ import torch
 
 from dfpo_core import advantages, critics, environments, evaluate, policy_losses, report, rollout, sft, train
 from dfpo_core.advantages.gae import gae
-from dfpo_core.config import PromptConfig, parse_config
+from dfpo_core.config import PromptConfig, load_config, parse_config
 from dfpo_core.critics.bootstrap import lambda_returns
 from dfpo_core.data import prompts
 from dfpo_core.environments.demonstration import demonstrate
 from dfpo_core.models import load_policy
 from dfpo_core.promote import decide
 from dfpo_core.types import AdvantageInputs, CriticBatch, PolicyLossInputs
+from tests.conftest import ROOT
 from tests.dialogues import FACTS, GOAL, SERVICE, row
 from tests.test_prompts import characters
 from tests.training import Untracked, rows_of_sums, tiny_config
@@ -314,6 +315,21 @@ def test_a_policy_that_has_memorised_a_conversation_holds_it_to_the_end(tmp_path
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_configuration_is_valid_and_its_plan_counts_whole_conversations():
+    config = load_config(ROOT / "pipelines" / "configs" / "dialogue.yaml")
+    assert [source.reward for source in config.data.train] == ["dialogue"] and config.response_tokens == 1536
+    assert parse_config({"data": {"domain": "science"}}).response_tokens == 16
+
+
+def test_an_answer_of_a_conversation_is_its_transcript_with_its_rates(tmp_path):
+    config = config_of(tmp_path, evaluate={"batch_size": 2})
+    questions = [row("d/1") | {"split": "id_test"}, rows_of_sums(1)[0] | {"split": "id_test"}]
+    talked, answered = evaluate.answer_all(config, [evaluate.Policy("base", "scratch:tiny", "x")], questions)
+    assert talked["response"].startswith("policy: ") and talked["response"].count("policy: ") == 3
+    assert talked["rates"] == {"task": 0.0, "ask": 0.0, "goal": 0.0} and not talked["correct"]
+    assert answered["rates"] == {} and "policy: " not in answered["response"]
 
 
 def test_completion_rates_are_reported_by_split_and_domain():
