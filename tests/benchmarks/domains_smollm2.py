@@ -109,11 +109,9 @@ def warm_start(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Non
     """A few supervised steps, four conversations each, on what the scripted policy says in SGD's training services."""
     config = configuration("dialogue", named("sgd"), arguments)
     settings = {"steps": arguments.warm_start, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-4, "warmup_steps": 2}
-    config = config.model_copy(
-        update={"sft": SFTConfig(**settings), "data": config.data.model_copy(update={"train": config.data.ood_test})}
-    )
-    rows = prepare.read_sources(config.data, config.seed)["train"][0].table.to_pylist()
-    sft.train(model, tokenizer, [row | {"label": row["answer"]} for row in rows], config, Progress())
+    config = config.model_copy(update={"sft": SFTConfig(**settings)})
+    rows = sources.read_source(SourceConfig(**named("sgd")), config.seed, "data.train.0", arguments.data).table.to_pylist()
+    sft.train(model, tokenizer, rows, config, Progress())
 
 
 class Progress:
