@@ -390,6 +390,19 @@ def test_every_dialogue_of_the_real_files_can_be_done_perfectly():
 
 
 @needs_data
+def test_the_real_files_read_the_same_from_parquet(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in ("sgd_test_id", "sgd_schema"):
+        with open(os.path.join(DATA, f"{name}.jsonl"), encoding="utf-8") as lines:
+            pq.write_table(pa.Table.from_pylist([json.loads(line) for line in lines]), tmp_path / f"{name}.parquet")
+    found = [read_source(SourceConfig(kind="dataset", name="sgd"), 1, "data.id_test.0", folder) for folder in (DATA, str(tmp_path))]
+    rows = [[row | {"metadata": json.loads(row["metadata"])} for row in read.table.to_pylist()] for read in found]
+    assert len(rows[0]) > 150 and rows[0] == rows[1] and found[1].rejects == []
+
+
+@needs_data
 def test_services_are_chosen_by_their_kind():
     options = {"subjects": ["Hotels", "movies"], "by_subject": True}
     found = read_source(SourceConfig(kind="dataset", name="sgd", options=options), 1, "data.train.0", DATA)

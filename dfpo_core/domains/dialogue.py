@@ -26,7 +26,7 @@ _COLUMNS = "id", "service", "domain", "turns", "calls", "goal_slots", "requested
 def from_sgd(row: dict[str, Any]) -> dict[str, Any]:
     """A dialogue of SGD in our columns. Raises LeftOut where it has no goal that can be reached, ValueError where it is malformed."""
     try:
-        return _converted(row)
+        return _converted(_without_nulls(row))
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"is no dialogue in SGD's layout ({type(error).__name__}: {error})") from None
 
@@ -34,7 +34,7 @@ def from_sgd(row: dict[str, Any]) -> dict[str, Any]:
 def _converted(row: dict[str, Any]) -> dict[str, Any]:
     schema = row["service"]
     intents = {intent["name"]: intent for intent in schema["intents"]}
-    successful = [call for call in row["calls"] if call["result"] and call["method"] in intents]
+    successful = [call for call in row["calls"] if call.get("result") and call["method"] in intents]
     if not successful:
         raise LeftOut("no call found anything")
     target, others = _wanted(successful)
@@ -58,6 +58,13 @@ def _converted(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _without_nulls(value: Any) -> Any:
+    """Parquet gives every object the keys of all, with null where there is nothing."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
 def _wanted(successful: list[dict[str, Any]]) -> tuple[dict[str, str], list[dict[str, str]]]:
     """(the record of the last call, with what earlier calls say of the same one; the other records)."""
     target, others = dict(successful[-1]["result"]), []
@@ -79,7 +86,8 @@ def _goal_calls(successful: list[dict[str, Any]], target: dict[str, str], intent
         if call["method"] in {known["method"] for known in calls}:
             continue
         parameters = {slot: value if call is successful[-1] else target.get(slot, value) for slot, value in call["parameters"].items()}
-        parameters = {slot: value for slot, value in parameters.items() if value != "dontcare"}
+        allowed = [*intents[call["method"]]["required_slots"], *sorted(intents[call["method"]]["optional_slots"])]
+        parameters = {slot: parameters[slot] for slot in allowed if parameters.get(slot, "dontcare") != "dontcare"}
         complete = all(slot in parameters for slot in intents[call["method"]]["required_slots"])
         if complete and all(constraints.get(slot, value) == value == target.get(slot, value) for slot, value in parameters.items()):
             constraints |= parameters
@@ -107,8 +115,9 @@ def _opening(row: dict[str, Any], calls: list[dict[str, Any]], intents: dict[str
 
 
 def _plain(schema: dict[str, Any]) -> dict[str, Any]:
-    """The service without the columns of the file that it stands in."""
-    return {"name": schema["service_name"], **{key: schema[key] for key in ("description", "slots", "intents")}}
+    """The service without the columns of the file that it stands in, in an order that does not depend on its format."""
+    intents = [intent | {"optional_slots": dict(sorted(intent["optional_slots"].items()))} for intent in schema["intents"]]
+    return {"name": schema["service_name"], "description": schema["description"], "slots": schema["slots"], "intents": intents}
 
 
 @registry.register("dialogue")
