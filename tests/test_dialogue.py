@@ -371,7 +371,7 @@ def test_a_dialogue_of_sgd_becomes_the_goal_that_its_user_ended_with():
     # "two" is not the 3 that was booked: the words are left out; price_range is in no call.
     assert goal["words"] == {"city": ["San Jose"], "time": ["7 o'clock"]}
     assert [record["restaurant_name"] for record in converted["metadata"]["records"]] == ["Bangkok Cafe"]
-    assert converted["question"] == "Hello, I need help with this: reserve a table."  # Oakland is not the goal any more
+    assert converted["question"] == "Please help me: reserve a table."  # Oakland is not the goal any more
     checked(converted["metadata"])
 
 

@@ -110,8 +110,9 @@ def _opening(row: dict[str, Any], calls: list[dict[str, Any]], intents: dict[str
     ]
     if first and not outdated:
         return first
-    wish = intents[calls[-1]["method"]]["description"]
-    return f"Hello, I need help with this: {wish[:1].lower()}{wish[1:]}."
+    # Fewer words than make two questions overlap: many rows may say this.
+    wish = " ".join(intents[calls[-1]["method"]]["description"].split()[:9])
+    return f"Please help me: {wish[:1].lower()}{wish[1:]}."
 
 
 def _plain(schema: dict[str, Any]) -> dict[str, Any]:
