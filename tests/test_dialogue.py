@@ -314,6 +314,34 @@ def test_a_row_that_is_no_dialogue_is_rejected_with_the_reason(tmp_path, broken,
         environments.start({"row_id": "x", "reward": "dialogue", "question": "Hello", "metadata": json.dumps(broken)})
 
 
+def paths(value, here=()):
+    """Every place in nested objects and lists."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [here, *(path for key, part in inside for path in paths(part, (*here, key)))]
+
+
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5), st.just([]), st.just({}))
+anything = st.one_of(scalars, st.lists(scalars, max_size=3), st.dictionaries(st.text(max_size=5), scalars, max_size=3))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(paths(FACTS)[1:]), anything)
+def test_a_row_with_anything_anywhere_is_refused_or_talks(path, value):
+    changed = facts()
+    place = changed
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    broken = row() | {"metadata": json.dumps(changed)}
+    try:
+        dialogue = environments.start(broken)
+    except UserError:
+        return
+    assert prompts.user_turn(broken, parse_config({"data": {"domain": "dialogue"}}).prompt)
+    assert all(dialogue.reply(turn) != "" for turn in [*PERFECT, "Which city?", "How about Bangkok Cafe?"])
+    assert 0.0 <= rewards.score([broken], [said(*PERFECT)])[0] <= 1.0
+
+
 def test_the_prompt_lists_the_service_above_what_the_user_says():
     lines = prompts.user_turn(row(), parse_config({"data": {"domain": "dialogue"}, "prompt": {"domain": "dialogue"}}).prompt).splitlines()
     assert lines[1] == "FindRestaurants(cuisine, city, price_range?): Find a restaurant"
