@@ -314,6 +314,24 @@ def test_a_row_that_is_no_dialogue_is_rejected_with_the_reason(tmp_path, broken,
         environments.start({"row_id": "x", "reward": "dialogue", "question": "Hello", "metadata": json.dumps(broken)})
 
 
+def test_rows_of_ones_own_read_the_same_from_jsonl_parquet_and_a_saved_hub_data_set(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    lines = [{"id": "1", "question": "Hello", "metadata": json.dumps(FACTS), "licence": "mine"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(lines[0] | {"metadata": FACTS}))
+    pq.write_table(pa.Table.from_pylist(lines), tmp_path / "rows.parquet")
+    Dataset.from_list(lines).save_to_disk(tmp_path / "rows")
+    found = []
+    for kind, name in (("jsonl", "rows.jsonl"), ("parquet", "rows.parquet"), ("hub", "rows")):
+        source = SourceConfig(kind=kind, name=str(tmp_path / name), reward="dialogue", domain="mine")
+        found += read_source(source, 1, "data.train.0").table.to_pylist()
+    assert len(found) == 3 and found[0]["row_id"] == "mine/1" and found[0]["answer"].endswith("tell price_range, has_live_music")
+    assert all(row_ | {"source": ""} == found[0] | {"source": ""} for row_ in found[1:])
+    assert rewards.score(found, [said(FIND, *PERFECT[1:])] * 3) == [1.0] * 3
+
+
 def paths(value, here=()):
     """Every place in nested objects and lists."""
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
