@@ -37,6 +37,13 @@ class ComparisonConfig(Section):
     seeds: list[int] = Field(min_length=1, description="seeds of data, noise and training; a cell of each")
     base: dict[str, Any] = Field(description="the pipeline configuration that every cell starts from")
     warm_start: dict[str, Any] = Field({}, description="overrides of base for the one supervised warm start; its noise is none")
+    warm_start_accuracy: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="in-domain accuracy at which the warm start stops, looked at every warm_start_every steps; 0: all steps",
+    )
+    warm_start_every: int = Field(10, ge=1, description="steps of the warm start between two looks at its accuracy")
     settings: dict[str, dict[str, Any]] = Field(min_length=1, description="name -> overrides: what is wrong with the supervision")
     algorithms: dict[str, dict[str, Any]] = Field(min_length=1, description="name -> overrides; train.algorithm defaults to the name")
     only: dict[str, list[str]] = Field({}, description="setting -> the algorithms to run in it; default all")
@@ -69,16 +76,32 @@ def find_cell(study: ComparisonConfig, key: str) -> Cell:
 
 
 def load(path: str | Path) -> ComparisonConfig:
-    """Read and check a study, every cell's configuration included. Raises UserError naming the cell and field that is wrong."""
+    """Read and check a study, every cell's configuration included. Raises UserError naming the cell and field that is wrong.
+
+    `extends: other.yaml` (beside the file) starts from another study: `base` and `warm_start` are laid over its own, anything else
+    that is given replaces what it has.
+    """
+    values = _read(Path(path))
+    if "extends" not in values:
+        return parse(values)
+    other = values.pop("extends")
+    start = _read(Path(path).parent / str(other))
+    if "extends" in start:
+        raise UserError("extends", f"{other} extends another study itself", "name a study that stands alone")
+    shared = {key: _merged(start.get(key, {}), values[key]) for key in ("base", "warm_start") if isinstance(values.get(key), dict)}
+    return parse(start | values | shared)
+
+
+def _read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise UserError("config", f"cannot read {path} ({str(error).splitlines()[0]})", "give a readable YAML file") from None
     if not isinstance(values, dict):
         raise UserError("config", f"{path} is not a mapping", "start from pipelines/configs/robustness.yaml")
-    return parse(values)
+    return values
 
 
 def parse(values: dict[str, Any]) -> ComparisonConfig:
@@ -146,29 +169,50 @@ def warm_start(study: ComparisonConfig) -> str:
     """Directory of the checkpoint that all cells start from; trained on first use, kept under home by its configuration's hash."""
     config = _warm_config(study)
     parts = config.model_dump(mode="json", include={"seed", "model", "threads", "precision", "data", "prompt", "sft"})
-    name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    name = hashlib.sha256(json.dumps([parts, _stopping_rule(study)], sort_keys=True).encode()).hexdigest()[:12]
     folder = config.home_path / "warm_starts" / name
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _train_warm_start(config, folder)
+        _train_warm_start(study, folder)
     return str(folder)
+
+
+def _stopping_rule(study: ComparisonConfig) -> list[Any]:
+    """What decides where the warm start stops: nothing where it runs all its steps."""
+    return [study.warm_start_accuracy, study.warm_start_every, study.base.get("data")] if study.warm_start_accuracy else []
 
 
 def _warm_config(study: ComparisonConfig) -> PipelineConfig:
     return parse_config(_merged(study.base, study.warm_start), "warm_start")
 
 
-def _train_warm_start(config: PipelineConfig, folder: str | Path) -> None:
+def _train_warm_start(study: ComparisonConfig, folder: str | Path) -> None:
+    """Raises UserError where the accuracy to stop at is not reached."""
     from dfpo_core import models, sft
     from dfpo_core.config import NoiseConfig
     from dfpo_core.data import prepare
     from dfpo_core.noise import add_label_noise
 
-    tables = prepare.prepared_tables(config.data, config.seed)
-    rows = add_label_noise(tables["train"], NoiseConfig(), config.seed).to_pylist()
+    config = _warm_config(study)
     _limit_threads(config)
+    rows = add_label_noise(prepare.prepared_tables(config.data, config.seed)["train"], NoiseConfig(), config.seed).to_pylist()
     model, tokenizer = models.load_policy(config.model, config.home_path)
-    sft.train(model, tokenizer, rows, config, _Silent())
+    asked = parse_config(study.base | {"seed": config.seed})
+    questions = prepare.prepared_tables(asked.data, asked.seed)["id_test"].to_pylist() if study.warm_start_accuracy else []
+    reached = 0.0
+
+    def enough(step: int) -> bool:
+        nonlocal reached
+        if not questions or step % study.warm_start_every:
+            return False
+        reached = accuracies(model.eval(), tokenizer, asked, [row | {"split": "id_test"} for row in questions])["id_test"]
+        model.train()
+        return reached >= study.warm_start_accuracy
+
+    sft.train(model, tokenizer, rows, config, _Silent(), enough)
+    if reached < study.warm_start_accuracy:
+        problem = f"not reached in {config.sft.steps} steps (accuracy {reached:.3f})"
+        raise UserError("warm_start_accuracy", problem, "lower it, or raise warm_start.sft.steps")
     models.save_policy(model, tokenizer, folder)
 
 
@@ -195,7 +239,7 @@ def run_cell(study: ComparisonConfig, cell: Cell, checkpoint: str) -> dict[str, 
     questions = [row | {"split": split} for split in ("id_test", "ood_test") for row in tables[split].to_pylist()]
     rows = [row for row in noisy.to_pylist() if row["label"] is not None or config.noise.missing == "zero"]
     trainer = Trainer(config, checkpoint, rows)
-    curve, diverged = [{"step": 0, **_accuracies(trainer, questions)}], ""
+    curve, diverged = [{"step": 0, **accuracies_of(trainer, questions)}], ""
     while trainer.algorithm.policy_loss_name and trainer.steps_done < config.train.steps:
         try:
             trainer.history.append(trainer.step())
@@ -205,7 +249,7 @@ def run_cell(study: ComparisonConfig, cell: Cell, checkpoint: str) -> dict[str, 
         if trainer.steps_done % study.curve_every == 0 or trainer.steps_done == config.train.steps:
             recent = trainer.history[-study.curve_every :]
             means = {k: float(np.mean([m[k] for m in recent if k in m])) for k in recent[-1] if k.startswith(LOGGED)}
-            curve.append({"step": trainer.steps_done, **_accuracies(trainer, questions), "metrics": means})
+            curve.append({"step": trainer.steps_done, **accuracies_of(trainer, questions), "metrics": means})
     return {
         "setting": cell.setting,
         "algorithm": cell.algorithm,
@@ -231,7 +275,8 @@ def cell_sha256(study: ComparisonConfig, cell: Cell) -> str:
     places = {"home", "name", "tracking", "cluster", "promote"}
     own = cell_config(study, cell, "").model_dump(mode="json", exclude=places)
     warm = parse_config(_merged(study.base, study.warm_start)).model_dump(mode="json", exclude=places | {"train", "noise", "evaluate"})
-    return hashlib.sha256(json.dumps([own, warm, study.curve_every], sort_keys=True).encode()).hexdigest()
+    parts = [own, warm, study.curve_every, *_stopping_rule(study)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _limit_threads(config: PipelineConfig) -> None:
@@ -240,25 +285,28 @@ def _limit_threads(config: PipelineConfig) -> None:
     torch.set_num_threads(config.threads or torch.get_num_threads())
 
 
-def _accuracies(trainer, questions: list[dict[str, Any]]) -> dict[str, Any]:
-    """Greedy accuracy: by domain, and of each split as the mean over its domains."""
+def accuracies_of(trainer, questions: list[dict[str, Any]]) -> dict[str, Any]:
+    """`accuracies` of a trainer's policy."""
+    with trainer.policy.gathered() as policy:
+        return accuracies(policy, trainer.tokenizer, trainer.config, questions)
+
+
+def accuracies(policy, tokenizer, config: PipelineConfig, questions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Greedy accuracy on rows with a `split`: `domains`, name -> accuracy, and of each split the mean over its domains."""
     from dfpo_core import rewards, rollout
     from dfpo_core.data import prompts
 
-    config = trainer.config
-    encoded = prompts.encode(trainer.tokenizer, questions, config.prompt)
-    with trainer.policy.gathered() as policy:
-        texts = rollout.respond(
-            policy,
-            trainer.tokenizer,
-            encoded,
-            rows=questions,
-            max_new_tokens=config.train.max_new_tokens,
-            max_turns=config.train.max_turns,
-            max_conversation_tokens=config.train.max_conversation_tokens,
-            batch_size=config.evaluate.batch_size,
-            precision=config.precision,
-        )
+    texts = rollout.respond(
+        policy,
+        tokenizer,
+        prompts.encode(tokenizer, questions, config.prompt),
+        rows=questions,
+        max_new_tokens=config.train.max_new_tokens,
+        max_turns=config.train.max_turns,
+        max_conversation_tokens=config.train.max_conversation_tokens,
+        batch_size=config.evaluate.batch_size,
+        precision=config.precision,
+    )
     scores = rewards.score(questions, [text[0] for text in texts])
     domains: dict[str, list[float]] = {}
     splits: dict[str, list[str]] = {"id_test": [], "ood_test": []}
@@ -300,8 +348,11 @@ def run(
     missing = [cell for cell in cells(study) if _read_cell(place, study, cell) is None]
     if missing:
         checkpoint = warm_start(study)
-        # A process of its own a cell: its peak memory is the cell's, and nothing leaks into the next one.
-        with ProcessPoolExecutor(width, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        # A process of its own a cell: its peak memory is the cell's, and nothing leaks into the next one. All are forked from one
+        # server that has the heavy imports behind it and runs nothing, so that a cell does not pay for them.
+        processes = get_context("forkserver")
+        processes.set_forkserver_preload(["dfpo_core.train", "dfpo_core.data.prepare", "dfpo_core.noise", "transformers.models.llama"])
+        with ProcessPoolExecutor(width, mp_context=processes, max_tasks_per_child=1) as pool:
             job = study.model_dump(), checkpoint, str(place), parent_run_id
             futures = [pool.submit(_run_and_write, cell, *job) for cell in missing]
             try:
@@ -339,7 +390,7 @@ def start(study: str, output: str) -> str:
     with tracking.exit_codes():
         parsed = parse(json.loads(study))
         parent_run_id = open_parent(parsed)
-        _train_warm_start(_warm_config(parsed), output)
+        _train_warm_start(parsed, output)
     return parent_run_id
 
 

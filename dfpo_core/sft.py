@@ -6,6 +6,7 @@ A conversation has no label: its target is what a scripted policy that knows the
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -94,8 +95,13 @@ def run(config: str | PipelineConfig, parent_run_id: str, data: str, output: str
         return metrics
 
 
-def train(model, tokenizer, rows: list[dict], config: PipelineConfig, step_run) -> dict[str, float]:
-    """The loop: `config.sft.steps` optimizer steps in place. Returns the last step's metrics (empty without steps)."""
+def train(
+    model, tokenizer, rows: list[dict], config: PipelineConfig, step_run, enough: Callable[[int], bool] | None = None
+) -> dict[str, float]:
+    """The loop: `config.sft.steps` optimizer steps in place. Returns the last step's metrics (empty without steps).
+
+    `enough` is asked after every step, with the number of steps done, whether to stop there.
+    """
     from tqdm import tqdm
 
     settings, metrics = config.sft, {}
@@ -123,5 +129,7 @@ def train(model, tokenizer, rows: list[dict], config: PipelineConfig, step_run) 
         seconds = time.perf_counter() - started
         metrics = {"sft/loss": total, "sft/gradient_norm": norm, "sft/tokens_per_second": token_count / seconds}
         step_run.log_metrics(metrics, step + 1)
+        if enough and enough(step + 1):
+            break
     model.to("cpu").eval()
     return metrics

@@ -234,3 +234,49 @@ def test_a_chain_that_cannot_be_made_is_refused(name, options, field):
     with pytest.raises(UserError) as caught:
         chains.check(name, options, "x")
     assert caught.value.field == field
+
+
+def written(folder: Path, name: str, values: dict) -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def test_a_study_that_extends_another_lays_base_over_base_and_replaces_the_rest(tmp_path):
+    written(tmp_path, "first.yaml", small(tmp_path))
+    own = {"extends": "first.yaml", "seeds": [7], "base": {"train": {"steps": 5}}, "settings": {"clean": {}}}
+    study = comparison.load(written(tmp_path, "second.yaml", own))
+    assert [cell.key for cell in comparison.cells(study)] == ["clean.dfpo.7", "clean.grpo.7"]
+    assert study.base["train"] == small(tmp_path)["base"]["train"] | {"steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("other", "said"), [("second.yaml", "extends another study itself"), ("none.yaml", "cannot read"), (3, "cannot read")]
+)
+def test_a_study_extends_one_that_stands_alone(tmp_path, other, said):
+    with pytest.raises(UserError, match=said):
+        comparison.load(written(tmp_path, "second.yaml", {"extends": other}))
+
+
+def test_the_warm_start_stops_at_the_accuracy_asked_for(tmp_path):
+    from dfpo_core import models
+
+    values = small(tmp_path, warm_start_accuracy=0.3, warm_start_every=10, warm_start={"sft": {"steps": 400, "batch_size": 32}})
+    values["base"]["data"] = {"train": [{"kind": "chains", "name": "maxima", "size": 500, "options": {"terms": 2, "digits": 1}}]}
+    values["base"]["data"] |= {"id_test": [{"kind": "chains", "name": "maxima", "size": 100, "options": {"terms": 2, "digits": 1}}]}
+    values["warm_start"]["sft"] |= {"micro_batch_size": 32, "learning_rate": 1e-3}
+    study = comparison.parse(values)
+    model, tokenizer = models.load_policy(comparison.warm_start(study), tmp_path)
+    config = comparison.cell_config(study, comparison.cells(study)[0], "")
+    from dfpo_core.data.prepare import prepared_tables
+
+    questions = [row | {"split": "id_test"} for row in prepared_tables(config.data, 0)["id_test"].to_pylist()]
+    reached = comparison.accuracies(model, tokenizer, config, questions)["id_test"]
+    assert 0.3 <= reached < 0.8  # far from what 400 steps reach
+
+
+def test_a_warm_start_that_never_gets_there_says_so_and_leaves_nothing(tmp_path):
+    study = comparison.parse(small(tmp_path, warm_start_accuracy=0.9, warm_start_every=3))
+    with pytest.raises(UserError, match=r"warm_start_accuracy: not reached in 3 steps \(accuracy 0\.\d+\)"):
+        comparison.warm_start(study)
+    assert not list((tmp_path / "warm_starts").iterdir())
