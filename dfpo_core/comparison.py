@@ -267,7 +267,16 @@ def run_cell(study: ComparisonConfig, cell: Cell, checkpoint: str) -> dict[str, 
     }
 
 
-LOGGED = ("reward/", "critic/explained_variance", "critic/flip_rate", "policy/kl_to_sft", "policy/entropy", "rollout/response_length")
+LOGGED = (
+    "reward/",
+    "critic/explained_variance",
+    "critic/flip_rate",
+    "critic/prompt_correlation",
+    "critic/noise_floor",
+    "policy/kl_to_sft",
+    "policy/entropy",
+    "rollout/response_length",
+)
 
 
 def cell_sha256(study: ComparisonConfig, cell: Cell) -> str:

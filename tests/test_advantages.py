@@ -93,7 +93,7 @@ def test_trimming_by_the_flip_rate_recovers_the_clean_success_probability():
 @pytest.mark.parametrize("flip", [0.0, 0.1, 0.2, 0.3, 0.4])
 def test_the_flip_rate_of_rewards_is_estimated_within_five_hundredths(flip):
     generator = np.random.default_rng(3)
-    estimate = FlipRate(decay=0.9)
+    estimate = FlipRate(0.9)
     for _ in range(30):
         correct = generator.uniform(size=256) < 0.4
         rewards = torch.tensor(np.where(generator.uniform(size=256) < flip, ~correct, correct), dtype=torch.float32)

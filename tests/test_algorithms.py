@@ -64,7 +64,7 @@ def test_any_critic_can_drive_the_dfpo_policy_loss(critic):
         ({"algorithm": "grpo", "critic": {"name": "flow"}}, "train.critic.name", "does not read a critic"),
         ({"critic": {"name": "none"}}, "train.critic.name", "needs a critic"),
         ({"advantage": {"name": "none"}}, "train.advantage.name", "only the critic"),
-        ({"algorithm": "grpo", "samples_per_prompt": 1}, "train.samples_per_prompt", "group of one"),
+        ({"algorithm": "grpo", "samples_per_prompt": 1}, "train.samples_per_prompt", "without others"),
         ({"algorithm": "grpo", "kl_coefficient": 0.1, "kl_in": "reward"}, "train.kl_in", "ignore the KL"),
         ({"algorithm": "ppo", "advantage": {"spectrum": "cvar"}}, "train.advantage.spectrum", "only a mean"),
         ({"critic": {"discount": 0.9}}, "train.advantage.discount", "differs"),

@@ -12,10 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from dfpo_core.advantages import registry
+from dfpo_core.advantages.adaptive import NoiseFloor, PromptEffect, RunningMean, without_effect
 from dfpo_core.advantages.whiten import whiten
 from dfpo_core.config import Section
 from dfpo_core.critics.flow_losses import tail_weights
-from dfpo_core.types import AdvantageInputs, AdvantageOutput
+from dfpo_core.types import AdvantageInputs, AdvantageOutput, masked_mean
 
 
 class GAEConfig(Section):
@@ -27,29 +28,43 @@ class GAEConfig(Section):
     alpha: float = Field(0.25, gt=0, le=1, description="lower tail that cvar and mix look at")
     mix: float = Field(0.5, ge=0, le=1, description="share of CVaR in mix")
     mean_source: Literal["values", "samples"] = Field("values", description="mean of the samples: the critic's value, or their own")
-    flip_rate_decay: float = Field(0.9, ge=0, lt=1, description="memory of the flip-rate estimate of adaptive, a batch")
+    prompt_effect: bool = Field(False, description="take from the reward what the other responses to the prompt predict of it")
+    signal_share: float = Field(0.0, ge=0, le=1, description="how far to turn down tokens whose return varies no more than the noise floor")
+    floor_quantile: float = Field(0.05, ge=0, le=1, description="quantile of the return's variance over tokens that is the noise floor")
+    memory: float = Field(0.9, ge=0, lt=1, description="weight of earlier batches in every running estimate of the noise")
     whiten: bool = Field(True, description="whiten over the valid tokens of the batch")
 
 
 @registry.register("gae")
 class GAE:
-    """Distributional GAE. Keeps one state, the running flip-rate estimate of the adaptive spectrum."""
+    """Distributional GAE. Its state is the running estimates of the noise: flip rate, prompt effect, noise floor."""
 
     config_class = GAEConfig
 
     def __init__(self, config: GAEConfig):
         self.config = config
-        self.flip_rate = FlipRate(config.flip_rate_decay)
+        self.flip_rate = FlipRate(config.memory)
+        self.prompt_effect = PromptEffect(config.memory)
+        self.noise_floor = NoiseFloor(config.memory, config.floor_quantile)
 
     def __call__(self, inputs: AdvantageInputs) -> AdvantageOutput:
         config, metrics = self.config, {}
-        returns = inputs.returns
+        returns, token_rewards = inputs.returns, inputs.token_rewards
+        if config.prompt_effect:
+            first = (inputs.mask > 0).int().argmax(1, keepdim=True)
+            effect = self.prompt_effect.predict(inputs.rewards, inputs.values.gather(1, first)[:, 0], inputs.samples_per_prompt)
+            token_rewards = without_effect(token_rewards, effect, inputs.mask)
+            metrics["critic/prompt_correlation"] = self.prompt_effect.correlation
         if config.mean_source == "values":
             returns = returns + (inputs.values - returns.mean(-1))[..., None]
         if config.spectrum == "adaptive":
             metrics["critic/flip_rate"] = self.flip_rate.update(inputs.rewards, inputs.values, inputs.mask)
         weights = self._weights(returns)
-        advantages = (gae(inputs.token_rewards, returns, inputs.mask, config.discount, config.lam) * weights).sum(-1)
+        advantages = (gae(token_rewards, returns, inputs.mask, config.discount, config.lam) * weights).sum(-1)
+        if config.signal_share:
+            signal = self.noise_floor.weight(inputs.returns, inputs.mask, config.signal_share)
+            metrics |= {"critic/noise_floor": self.noise_floor.floor.value, "critic/signal_weight": masked_mean(signal, inputs.mask).item()}
+            advantages = advantages * signal
         return AdvantageOutput(whiten(advantages, inputs.mask) if config.whiten else advantages, metrics)
 
     def _weights(self, returns: Tensor) -> Tensor:
@@ -63,12 +78,17 @@ class GAE:
             uniform = trimmed_weights(count, self.flip_rate.value)
         return uniform.to(returns)
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, tuple[float, float]]:
         """What a resumed run needs."""
-        return {"weighted": self.flip_rate.weighted, "weight": self.flip_rate.weight}
+        return {name: (mean.weighted, mean.weight) for name, mean in self._running().items()}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.flip_rate.weighted, self.flip_rate.weight = state["weighted"], state["weight"]
+    def load_state_dict(self, state: dict[str, tuple[float, float]]) -> None:
+        for name, mean in self._running().items():
+            mean.weighted, mean.weight = state[name]
+
+    def _running(self) -> dict[str, RunningMean]:
+        effect = self.prompt_effect
+        return {"flips": self.flip_rate.mean, "shared": effect.shared, "total": effect.total, "floor": self.noise_floor.floor}
 
 
 def gae(token_rewards: Tensor, returns: Tensor, mask: Tensor, discount: float, lam: float) -> Tensor:
@@ -108,18 +128,17 @@ class FlipRate:
     rewards, as rollout-time values do, or a critic that has memorised the noise reports none.
     """
 
-    def __init__(self, decay: float):
-        self.decay, self.weighted, self.weight = decay, 0.0, 0.0
+    def __init__(self, memory: float):
+        self.mean = RunningMean(memory)
 
     @property
     def value(self) -> float:
         """The estimate in [0, 0.45]; 0 before the first batch."""
-        return min(self.weighted / self.weight, 0.45) if self.weight else 0.0
+        return min(self.mean.value, 0.45)
 
     def update(self, rewards: Tensor, values: Tensor, mask: Tensor) -> float:
         """Add a batch: rewards (B,), values (B, T), mask (B, T). Returns the new estimate."""
         last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1, keepdim=True)
         predicted = (values.gather(1, last).squeeze(1) > 0.5).to(rewards)
-        self.weighted = self.decay * self.weighted + (rewards - predicted).abs().mean().item()
-        self.weight = self.decay * self.weight + 1
+        self.mean.add((rewards - predicted).abs().mean().item())
         return self.value

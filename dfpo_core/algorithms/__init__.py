@@ -107,9 +107,11 @@ def _check_pair(algorithm: Algorithm, train: TrainConfig) -> None:
         )
     if algorithm.policy_loss_name == "flowrl" and needs_critic:
         raise UserError("train.critic.name", "flowrl's log Z is its baseline", "leave the critic out, or use another policy loss")
-    grouped = algorithm.advantage_name == "group" or getattr(options, "group_baseline", False)
+    grouped = algorithm.advantage_name == "group" or getattr(options, "group_baseline", False) or getattr(options, "prompt_effect", False)
     if grouped and train.samples_per_prompt < 2:
-        raise UserError("train.samples_per_prompt", "a group of one response has no advantage", "set it to 2 or more")
+        raise UserError(
+            "train.samples_per_prompt", "a response without others to its prompt has nothing to compare with", "set it to 2 or more"
+        )
     if algorithm.advantage_name == "group" and train.kl_coefficient and train.kl_in == "reward":
         raise UserError("train.kl_in", "the group advantage reads sequence rewards only and would ignore the KL", "set kl_in to loss")
     spectrum = getattr(options, "spectrum", "uniform")
@@ -117,6 +119,9 @@ def _check_pair(algorithm: Algorithm, train: TrainConfig) -> None:
     if mean_only and spectrum != "uniform":
         problem = f"{spectrum} needs a distribution, {algorithm.critic_name} has only a mean"
         raise UserError("train.advantage.spectrum", problem, "use the flow critic")
+    if mean_only and getattr(options, "signal_share", 0.0):
+        problem = f"needs the variance of a distribution, {algorithm.critic_name} has only a mean"
+        raise UserError("train.advantage.signal_share", problem, "use the flow critic, or set it to 0")
     discount = getattr(options, "discount", 1.0)  # the group advantage does not discount
     if needs_critic and algorithm.critic_config.discount != discount:
         raise UserError("train.advantage.discount", "differs from train.critic.discount", "use one discount in both")
