@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfpo_core.critics import registry
-from dfpo_core.critics.flow import FlowConfig, FlowCritic, dispersion, one_step, solve, stratified_noise
+from dfpo_core.critics.flow import FlowConfig, FlowCritic, bound, one_step, solve, stratified_noise
 from dfpo_core.critics.quantile import quantile_huber
 from dfpo_core.critics.scalar import clipped_value_error
 from dfpo_core.types import CriticBatch, last_token
@@ -123,20 +123,25 @@ def test_the_untrained_flow_is_a_normal_over_the_return_range():
 
 def test_uncertainty_is_the_finite_difference_of_the_one_step_map():
     critic, hidden = build("flow").double(), torch.randn(2, 3, HIDDEN, dtype=torch.float64)
-    context = critic.head.context(hidden)
-    noise = stratified_noise(16).double().expand(2, 3, 16)
-
-    def velocity(z, t, d):
-        return critic.head(context, z, t.double(), d.double())
-
+    velocity = bound(critic.head, critic.head.context(hidden))
+    noise = stratified_noise(16).double()
     numeric = (one_step(velocity, noise + 1e-5) - one_step(velocity, noise - 1e-5)) / 2e-5
-    torch.testing.assert_close(dispersion(velocity, noise), numeric.abs().mean(-1), atol=1e-6, rtol=1e-6)
+    with torch.no_grad():
+        samples, slope = critic.head.jump(critic.head.context(hidden), noise)
+    torch.testing.assert_close(samples, one_step(velocity, noise).detach())
+    torch.testing.assert_close(slope, numeric.detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_uncertainty_is_the_mean_slope_of_the_one_step_map_in_units_of_the_return():
+    critic, hidden = build("flow", return_range=(-1.0, 3.0), noise_levels=16), torch.randn(2, 3, HIDDEN)
+    velocity, noise = critic._velocity(critic.head, hidden), stratified_noise(16)
+    _, slope = torch.func.jvp(lambda eps: one_step(velocity, eps), (noise,), (torch.ones_like(noise),))
+    torch.testing.assert_close(critic.uncertainty(hidden), 2 * slope.abs().mean(-1).detach())
 
 
 def test_one_solver_step_is_the_jump():
     critic, hidden = build("flow"), torch.randn(1, 2, HIDDEN)
-    velocity = critic._velocity(critic.head, hidden)
-    noise = stratified_noise(8).expand(1, 2, 8)
+    velocity, noise = critic._velocity(critic.head, hidden), stratified_noise(8)
     torch.testing.assert_close(solve(velocity, noise, 1), one_step(velocity, noise))
 
 

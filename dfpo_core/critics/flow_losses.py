@@ -37,8 +37,7 @@ def bellman_path(
     it; written so for any r and discount, z = r + discount z' starts at N(r, discount^2) and has a wrong fixed point
     (tested).
     """
-    position = noise.expand(*token_rewards.shape, -1)
-    step = flow_time / steps
+    position, step = noise, flow_time / steps
     for i in range(steps):
         position = position + step * following(position, i * step, step)
     velocity = following(position, flow_time, torch.zeros_like(flow_time))
@@ -87,9 +86,9 @@ def jump_quantiles(samples: Tensor, noise: Tensor, target: Tensor) -> Tensor:
     loss 3 alone passes it down a chain of step sizes and blurs it at every link (tests/benchmarks/flow_faithful.py). All pairs i, j
     count: the noise is stratified, so leaving y(eps_i) out would leave a gap at the very level that Z(eps_i) stands for.
     """
-    error = target[..., None, :] - samples[..., :, None]
-    level = torch.special.ndtr(noise)[:, None]
-    return torch.maximum(level * error, (level - 1) * error).mean((-1, -2))
+    # level relu(y - z) + (1 - level) relu(z - y) = level (y - z) + relu(z - y): only the last part needs the pairs.
+    excess = (samples[..., :, None] - target[..., None, :]).clamp(min=0).mean((-1, -2))
+    return excess + (torch.special.ndtr(noise) * (target.mean(-1, keepdim=True) - samples)).mean(-1)
 
 
 def straightness(velocity: Velocity, noise: Tensor, flow_time: Tensor, target: Tensor) -> Tensor:
@@ -100,8 +99,7 @@ def straightness(velocity: Velocity, noise: Tensor, flow_time: Tensor, target: T
     """
     position = (1 - flow_time) * noise + flow_time * target
     still = torch.zeros_like(flow_time)
-    start = noise.expand_as(position)
-    return (velocity(position, flow_time, still) - velocity(start, still, torch.ones_like(flow_time))).square().mean(-1)
+    return (velocity(position, flow_time, still) - velocity(noise, still, torch.ones_like(flow_time))).square().mean(-1)
 
 
 def tail_means(samples: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

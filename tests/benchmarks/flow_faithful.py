@@ -57,8 +57,7 @@ class PlainFlowHead(FlowHead):
     @torch.no_grad()
     def samples(self, hidden, steps=1):
         velocity = self.module._velocity(self.module.head, hidden[:, None])
-        noise = self.module.noise.expand(len(hidden), 1, -1)
-        field = solve(lambda z, tau, d: velocity(z, tau, torch.zeros_like(d)), noise, steps)
+        field = solve(lambda z, tau, d: velocity(z, tau, torch.zeros_like(d)), self.module.noise, steps)
         return (self.module.shift + self.module.scale * field).sort(-1).values[:, 0]
 
 
