@@ -23,7 +23,8 @@ from dfpo_core.critics.bootstrap import lambda_returns, sampled_horizons, sample
 from dfpo_core.types import CriticBatch, LossOutput, last_token
 
 START_SHARE = 0.25  # of the flow times drawn
-FLOW_FEATURES = 4  # cosines each of flow time and step size; sines and cosines of the position
+FREQUENCIES = 4  # cosines each of flow time and step size; sines and cosines of the position
+RAMPS, RAMP_LIMIT = 12, 2.2  # steep features of the position, evenly over [-RAMP_LIMIT, RAMP_LIMIT]
 
 
 class FlowConfig(Section):
@@ -41,12 +42,13 @@ class FlowConfig(Section):
     target_decay: float = Field(0.5, ge=0, lt=1, description="EMA decay of the target head, an optimizer step")
     anchor_weight: float = Field(1.0, ge=0, description="loss 1: bootstrapped anchor")
     bellman_weight: float = Field(0.3, ge=0, description="loss 2: uncertainty-weighted distributional flow matching")
-    bellman_steps: int = Field(4, ge=1, description="Euler steps of the target flow in loss 2")
+    # 1, 2 and 4 steps end at the same distances on enumerated trees (tests/benchmarks/flow_tree.py).
+    bellman_steps: int = Field(1, ge=1, description="Euler steps of the target flow in loss 2")
     weighting: Literal["none", "confidence", "robust"] = Field("robust", description="weight of loss 2 by uncertainty")
     weighting_scale: float = Field(1.0, gt=0, description="temperature T of confidence, sigma_0 of robust, in half return ranges")
     consistency_weight: float = Field(5.0, ge=0, description="loss 3: geometric consistency")
     consistency_halvings: int = Field(4, ge=1, le=8, description="smallest step size of loss 3 is 2^-halvings")
-    jump_weight: float = Field(3.0, ge=0, description="quantile loss of the one-step samples, beside loss 3")
+    jump_weight: float = Field(10.0, ge=0, description="quantile loss of the one-step samples, beside loss 3")
     straight_weight: float = Field(0.0, ge=0, description="straightness penalty, the paper's form of loss 3")
     risk_alpha: float = Field(0.1, gt=0, lt=1, description="alpha of every tail")
     risk_lower_weight: float = Field(0.0, ge=0, description="loss 4: lower CVaR")
@@ -72,57 +74,68 @@ def stratified_noise(count: int, jitter: Tensor | float = 0.5) -> Tensor:
 
 
 class FlowHead(nn.Module):
-    """v(z, tau, d | h): h projected once a token, embeddings of z, tau and d added, two hidden layers, zero-initialised output.
+    """v(z, tau, d | h): embeddings of z, tau and d, scaled and shifted by h, two hidden layers, zero-initialised output.
 
     The velocity of a flow between two standard normals is added in closed form, so the untrained head is the exact flow to N(0, 1)
     at every step size, and the field's own optimum at tau = 0, E[Z] - eps, is a constant of eps for the network.
+    h scales (FiLM, Perez et al. 2018) as well as shifts, and the position has steep features, because the jump to a discrete return is
+    a staircase in eps whose steps stand where h says (tests/benchmarks/flow_faithful.py).
     """
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
-        self.project = nn.Linear(hidden_size, width)
-        self.embed_position = nn.Linear(1 + 2 * FLOW_FEATURES, width, bias=False)
-        self.embed_step = nn.Linear(2 * FLOW_FEATURES, width, bias=False)
+        self.project = nn.Linear(hidden_size, 2 * width)
+        self.embed_position = nn.Linear(1 + 2 * FREQUENCIES + RAMPS, width, bias=False)
+        self.embed_step = nn.Linear(2 * FREQUENCIES, width, bias=False)
         self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
         self.out = nn.Linear(width, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def context(self, hidden: Tensor) -> Tensor:
-        """Once per token: (.., H) -> (.., 1, width). RMS-normalised, so that any backbone's scale will do."""
+        """Once per token: (.., H) -> (.., 1, 2 width), shift and scale. RMS-normalised, so that any backbone's scale will do."""
         return self.project(F.rms_norm(hidden, hidden.shape[-1:]))[..., None, :]
 
     def forward(self, context: Tensor, position: Tensor, flow_time: Tensor, step_size: Tensor) -> Tensor:
-        """context (.., 1, width), position (.., S), or (S,) the same for all, flow_time (S,), step_size (S,) -> velocity (.., S)."""
-        x = F.silu(self._embed(position, flow_time, step_size) + context)
+        """context (.., 1, 2 width), position (.., S), or (S,) the same for all, flow_time (S,), step_size (S,) -> velocity (.., S)."""
+        shift, scale = context.chunk(2, -1)
+        embedding = self.embed_position(position_features(position)) + self.embed_step(step_features(flow_time, step_size))
+        x = F.silu(torch.addcmul(shift, embedding, 1 + scale))
         x = F.silu(self.second(F.silu(self.first(x))))
         return self.out(x).squeeze(-1) + position * gaussian_rate(flow_time, step_size)
-
-    def _embed(self, position: Tensor, flow_time: Tensor, step_size: Tensor) -> Tensor:
-        frequency = torch.arange(1, FLOW_FEATURES + 1, device=position.device)
-        angle = position[..., None] * frequency
-        features = torch.cat([position[..., None], angle.sin(), angle.cos()], -1)
-        level = torch.log2(1 + 31 * step_size) / 5  # spreads the dyadic step sizes evenly over [0, 1]
-        steps = torch.cat([(math.pi * flow_time[:, None] * frequency).cos(), (math.pi * level[:, None] * frequency).cos()], -1)
-        return self.embed_position(features) + self.embed_step(steps)
 
     def jump(self, context: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Z = eps + v(eps, 0, 1) and its forward-mode derivative dZ/deps: noise (S,) -> two (.., S). Without gradient.
 
-        The tangent goes through the layers beside the value: torch.func.jvp computes the same and takes twice as long (silu has no
-        fused rule there).
+        The tangent goes through the layers beside the value. torch.func.jvp of all of it computes the same and takes twice as long:
+        silu has no fused rule there.
         """
-        still, frequency = torch.zeros_like(noise), torch.arange(1, FLOW_FEATURES + 1, device=noise.device)
-        angle = noise[:, None] * frequency
-        tangent = torch.cat([torch.ones_like(noise)[:, None], frequency * angle.cos(), -frequency * angle.sin()], -1)
-        before = self._embed(noise, still, still + 1) + context
-        tangent = silu_tangent(self.embed_position(tangent).expand_as(before), before)
-        x = F.silu(before)
+        shift, scale = context.chunk(2, -1)
+        still = torch.zeros_like(noise)
+        features, slopes = torch.func.jvp(position_features, (noise,), (torch.ones_like(noise),))
+        before = torch.addcmul(shift, self.embed_position(features) + self.embed_step(step_features(still, still + 1)), 1 + scale)
+        x, tangent = F.silu(before), silu_tangent(self.embed_position(slopes) * (1 + scale), before)
         for layer in (self.first, self.second):
             before = layer(x)
             x, tangent = F.silu(before), silu_tangent(F.linear(tangent, layer.weight), before)
         rate = 1 + gaussian_rate(still, still + 1)
         return self.out(x).squeeze(-1) + rate * noise, F.linear(tangent, self.out.weight).squeeze(-1) + rate
+
+
+def position_features(position: Tensor) -> Tensor:
+    """The position, its sines and cosines, and ramps from -1 to 1 that stand side by side: (.., S) -> (.., S, features)."""
+    column = position[..., None]
+    angle = column * torch.arange(1, FREQUENCIES + 1, device=position.device)
+    centres = torch.linspace(-RAMP_LIMIT, RAMP_LIMIT, RAMPS, device=position.device, dtype=position.dtype)
+    ramps = ((column - centres) * (RAMPS - 1) / (2 * RAMP_LIMIT)).clamp(-1, 1)
+    return torch.cat([column, angle.sin(), angle.cos(), ramps], -1)
+
+
+def step_features(flow_time: Tensor, step_size: Tensor) -> Tensor:
+    """Cosines of the flow time and of the logarithm of the step size: two (S,) -> (S, features)."""
+    frequency = math.pi * torch.arange(1, FREQUENCIES + 1, device=flow_time.device)
+    level = torch.log2(1 + 31 * step_size) / 5  # spreads the dyadic step sizes evenly over [0, 1]
+    return torch.cat([(flow_time[:, None] * frequency).cos(), (level[:, None] * frequency).cos()], -1)
 
 
 def silu_tangent(tangent: Tensor, before: Tensor) -> Tensor:
@@ -290,7 +303,7 @@ class FlowCritic(nn.Module):
 
 
 def bound(head: FlowHead, context: Tensor) -> flow_losses.Velocity:
-    """The head as a velocity field of the tokens that `context` (.., 1, width) describes."""
+    """The head as a velocity field of the tokens that `context` describes."""
     return lambda position, flow_time, step_size: head(context, position, flow_time, step_size)
 
 
