@@ -42,13 +42,13 @@ class FlowConfig(Section):
     target_decay: float = Field(0.5, ge=0, lt=1, description="EMA decay of the target head, an optimizer step")
     anchor_weight: float = Field(1.0, ge=0, description="loss 1: bootstrapped anchor")
     bellman_weight: float = Field(0.3, ge=0, description="loss 2: uncertainty-weighted distributional flow matching")
-    # 1, 2 and 4 steps end at the same distances on enumerated trees (tests/benchmarks/flow_tree.py).
+    # On enumerated trees 1 step and 4 end at the same distances (tests/benchmarks/flow_tree.py).
     bellman_steps: int = Field(1, ge=1, description="Euler steps of the target flow in loss 2")
     weighting: Literal["none", "confidence", "robust"] = Field("robust", description="weight of loss 2 by uncertainty")
     weighting_scale: float = Field(1.0, gt=0, description="temperature T of confidence, sigma_0 of robust, in half return ranges")
     consistency_weight: float = Field(5.0, ge=0, description="loss 3: geometric consistency")
     consistency_halvings: int = Field(4, ge=1, le=8, description="smallest step size of loss 3 is 2^-halvings")
-    jump_weight: float = Field(10.0, ge=0, description="quantile loss of the one-step samples, beside loss 3")
+    jump_weight: float = Field(3.0, ge=0, description="quantile loss of the one-step samples, beside loss 3")
     straight_weight: float = Field(0.0, ge=0, description="straightness penalty, the paper's form of loss 3")
     risk_alpha: float = Field(0.1, gt=0, lt=1, description="alpha of every tail")
     risk_lower_weight: float = Field(0.0, ge=0, description="loss 4: lower CVaR")
