@@ -50,6 +50,7 @@ class ComparisonConfig(Section):
     grid: dict[str, dict[str, Any]] = Field({}, description="name -> overrides: every algorithm is also run with each (tuning)")
     reference: str = Field("dfpo", description="the algorithm that the others are compared with")
     clean: str = Field("clean", description="the setting left out of the average over noisy settings")
+    noisy: list[str] = Field([], description="settings averaged as `noisy`; default: all but the clean one that every algorithm runs in")
     curve_every: int = Field(25, ge=1, description="training steps between accuracies of the learning curve")
 
 
@@ -120,6 +121,9 @@ def parse(values: dict[str, Any]) -> ComparisonConfig:
         for name in (setting, *names):
             if name not in (study.settings if name is setting else study.algorithms):
                 raise UserError(f"only.{setting}", f"{name!r} is not defined", "name an entry of settings and of algorithms")
+    for setting in study.noisy:
+        if setting not in study.settings:
+            raise UserError("noisy", f"{setting!r} is not defined", "name entries of settings")
     if study.reference not in study.algorithms:
         raise UserError("reference", f"{study.reference!r} is no entry of algorithms", "name one of them")
     parse_config(_merged(study.base, study.warm_start), "warm_start")
@@ -500,7 +504,7 @@ def collapsed(record: dict[str, Any]) -> bool:
 def summarise(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Means with bootstrap intervals over seeds for every (setting, algorithm), and differences reference - rival paired by seed.
 
-    `noisy` stands for the mean over all settings but the clean one, of seeds that have all of them. Paired intervals are Student's t:
+    `noisy` stands for the mean over the noisy settings, of seeds that have all of them. Paired intervals are Student's t:
     a percentile bootstrap of five pairs is too narrow.
     """
     by_cell = {(r["setting"], r["algorithm"], r["seed"]): r for r in records}
@@ -538,8 +542,7 @@ def _by_seed(study: ComparisonConfig, by_cell: dict, setting: str, algorithm: st
     """seed -> score, for the seeds that have it."""
     names = [setting]
     if setting == "noisy":
-        names = [s for s in study.settings if s != study.clean and algorithm in study.only.get(s, study.algorithms)]
-        names = [s for s in names if study.reference in study.only.get(s, study.algorithms) and s not in study.only]
+        names = study.noisy or [s for s in study.settings if s != study.clean and s not in study.only]
     result = {}
     for seed in study.seeds:
         found = [by_cell.get((name, algorithm, seed)) for name in names]

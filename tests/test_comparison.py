@@ -44,6 +44,19 @@ def small(home: Path, **changes) -> dict:
     return values | changes
 
 
+def test_the_noisy_average_is_over_the_settings_that_are_named(tmp_path):
+    three = {"clean": {}, "wrong": {"noise": {"kind": "plausible", "rate": 0.5}}, "more": {"noise": {"kind": "plausible", "rate": 0.7}}}
+    ends = {"clean": 0.9, "wrong": 0.6, "more": 0.2}
+    records = [record(setting, name, seed, 0.1, end, ood=end) for setting, end in ends.items() for name in ("dfpo", "grpo") for seed in (1, 2)]
+    for noisy, expected in ([[], 0.4], [["wrong"], 0.6]):
+        study = comparison.parse(small(tmp_path, settings=three, noisy=noisy))
+        rows = comparison.summarise(study, records)["means"]
+        means = [r["mean"] for r in rows if r["setting"] == "noisy" and r["measure"] == "average"]
+        assert means == pytest.approx([expected, expected])
+    with pytest.raises(UserError, match="noisy: 'other' is not defined"):
+        comparison.parse(small(tmp_path, noisy=["other"]))
+
+
 def record(setting, algorithm, seed, start, end, ood=0.2, diverged="") -> dict:
     curve = [{"step": 0, "id_test": start, "ood_test": ood}, {"step": 10, "id_test": end, "ood_test": ood}]
     cost = {"cpu_seconds": 1.0, "peak_memory_bytes": 1.0}
@@ -282,7 +295,7 @@ def test_a_warm_start_that_never_gets_there_says_so_and_leaves_nothing(tmp_path)
     assert not list((tmp_path / "warm_starts").iterdir())
 
 
-@pytest.mark.parametrize(("name", "count"), [("robustness", 260), ("robustness_tuning", 36), ("ablation", 69), ("robustness_smollm2", 12)])
+@pytest.mark.parametrize(("name", "count"), [("robustness", 280), ("robustness_tuning", 36), ("ablation", 69), ("robustness_smollm2", 12)])
 def test_the_studies_that_come_with_the_package_are_valid(name, count):
-    """Cells by hand: (4 x 10 + 3 x 4) x 5 seeds; 2 settings x 2 points x 9; 23 variants x 3 seeds; 4 algorithms x 3 seeds."""
+    """Cells by hand: (2 x 12 + 2 x 10 + 3 x 4) x 5 seeds; 2 settings x 2 points x 9; 23 variants x 3 seeds; 4 algorithms x 3 seeds."""
     assert len(comparison.cells(comparison.load(ROOT / "pipelines" / "configs" / f"{name}.yaml"))) == count
