@@ -172,7 +172,8 @@ def _merged(*layers: dict[str, Any]) -> dict[str, Any]:
 def warm_start(study: ComparisonConfig) -> str:
     """Directory of the checkpoint that all cells start from; trained on first use, kept under home by its configuration's hash."""
     config = _warm_config(study)
-    parts = config.model_dump(mode="json", include={"seed", "model", "threads", "precision", "data", "prompt", "sft"})
+    included = {"seed", "model", "threads", "precision", "data", "prompt", "sft"}
+    parts = config.model_dump(mode="json", include=included, exclude_defaults=True)
     name = hashlib.sha256(json.dumps([parts, _stopping_rule(study)], sort_keys=True).encode()).hexdigest()[:12]
     folder = config.home_path / "warm_starts" / name
     if not (folder / "config.json").is_file():
@@ -232,14 +233,15 @@ def run_cell(study: ComparisonConfig, cell: Cell, checkpoint: str) -> dict[str, 
     import resource
 
     from dfpo_core.data import prepare
-    from dfpo_core.noise import add_label_noise, measure
+    from dfpo_core.noise import measure, noisy_table
+    from dfpo_core.tracking import git_commit
     from dfpo_core.train import Trainer
 
     config = cell_config(study, cell, checkpoint)
     _limit_threads(config)
     wall, cpu = time.perf_counter(), time.process_time()
     tables = prepare.prepared_tables(config.data, config.seed)
-    noisy = add_label_noise(tables["train"], config.noise, config.seed)
+    noisy = noisy_table(tables["train"], config)
     questions = [row | {"split": split} for split in ("id_test", "ood_test") for row in tables[split].to_pylist()]
     rows = [row for row in noisy.to_pylist() if row["label"] is not None or config.noise.missing == "zero"]
     trainer = Trainer(config, checkpoint, rows)
@@ -268,6 +270,7 @@ def run_cell(study: ComparisonConfig, cell: Cell, checkpoint: str) -> dict[str, 
         "cpu_seconds": time.process_time() - cpu,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "config_sha256": cell_sha256(study, cell),
+        "commit": git_commit(),
     }
 
 
@@ -284,10 +287,14 @@ LOGGED = (
 
 
 def cell_sha256(study: ComparisonConfig, cell: Cell) -> str:
-    """Hash of what a cell's result depends on: its own configuration and that of the warm start, places and names left out."""
+    """Hash of what a cell's result depends on: its own configuration and that of the warm start, places and names left out.
+
+    Defaults are left out too, so that a new option does not undo a study; what code and defaults a cell ran with, its `commit` tells.
+    """
     places = {"home", "name", "tracking", "cluster", "promote"}
-    own = cell_config(study, cell, "").model_dump(mode="json", exclude=places)
-    warm = parse_config(_merged(study.base, study.warm_start)).model_dump(mode="json", exclude=places | {"train", "noise", "evaluate"})
+    own = cell_config(study, cell, "").model_dump(mode="json", exclude=places, exclude_defaults=True)
+    excluded = places | {"train", "noise", "evaluate"}
+    warm = parse_config(_merged(study.base, study.warm_start)).model_dump(mode="json", exclude=excluded, exclude_defaults=True)
     parts = [own, warm, study.curve_every, *_stopping_rule(study)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dfpo_core.errors import UserError
 
+VOTED_KINDS = ("majority_vote", "adversarial")  # of label noise, that ask a model
 ROW_REWARDS = ("number", "choice", "exact", "math", "reasoning_gym", "dialogue")
 
 
@@ -88,13 +89,24 @@ class DataConfig(Section):
         return {name: list(getattr(entry, name)) for name in ("train", "id_test", "ood_test")} | given
 
 
+class VoterConfig(Section):
+    """The model whose answers make the labels of majority_vote and adversarial."""
+
+    model: str = Field("", description="model reference; empty: the model that is trained, before its warm start")
+    samples: int = Field(16, ge=1, description="responses a question")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature")
+    max_new_tokens: int = Field(16, ge=1, description="response length limit")
+    batch_size: int = Field(64, ge=1, description="questions a generation batch")
+
+
 class NoiseConfig(Section):
     """Label noise on the training split. Test splits are never touched."""
 
-    kind: Literal["none", "symmetric", "permuted", "plausible", "class_conditional"] = Field(
+    kind: Literal["none", "symmetric", "permuted", "plausible", "class_conditional", "majority_vote", "adversarial"] = Field(
         "none", description="how a wrong label is made"
     )
-    rate: float = Field(0.0, ge=0, le=1, description="share of training labels made wrong")
+    rate: float = Field(0.0, ge=0, le=1, description="share of training labels made wrong; of majority_vote the voter decides")
+    voter: VoterConfig = Field(VoterConfig(), description="who votes, for majority_vote and adversarial")
     transitions: dict[str, dict[str, float]] = Field(
         {}, description="class_conditional: true label -> wrong label -> probability; replaces rate"
     )
@@ -110,6 +122,8 @@ class NoiseConfig(Section):
                 raise ValueError(f"transitions.{truth} must give other labels probabilities that add up to at most 1")
         if bool(self.transitions) != (self.kind == "class_conditional"):
             raise ValueError("transitions and the kind class_conditional belong together")
+        if self.kind == "majority_vote" and self.rate:
+            raise ValueError("majority_vote has no rate: what the voter gets wrong is wrong")
         return self
 
 

@@ -11,12 +11,15 @@ plausible   a near miss. Numbers: +-1, +-10, one digit changed, two digits swapp
             another row of the domain.
 
 class_conditional   for labels of choices and other closed answers: truth -> wrong label with the given probabilities.
+majority_vote       every label is what most of a model's responses say, right or wrong (`votes`); the truth is not needed.
+adversarial         the wrong answer that a model gives most often; where it gives none, a plausible one.
 
 Besides, labels can be taken away (missing), and questions get typos and lose words; wrong labels are drawn first.
 
-Symmetric and text labels depend on which answers the domain has, permuted ones on which other rows are chosen; no label depends on
-row order. A label never equals the truth. Where no wrong label exists (a domain with one answer; a permuted class that holds
-more than half of the chosen rows) the row stays clean, and the measured rate says so.
+Labels of a model depend on the rows that it is asked along with, symmetric and text labels on which answers the domain has, permuted
+ones on which other rows are chosen; the others on their row alone, and none but a model's on row order. Where no wrong label exists (a
+domain with one answer; a permuted class that holds more than half of the chosen rows) the row stays clean, and the measured rate says
+so. Of all kinds but majority_vote, a label that was to be made wrong never equals the truth.
 
 Draws come from SipHash of the id and the SplitMix64 finaliser (Steele, Lea and Flood, 2014), vectorised in NumPy and Arrow.
 """
@@ -37,7 +40,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy.special import ndtri
 
-from dfpo_core.config import ROW_REWARDS, NoiseConfig, RewardNoiseConfig, parse_config
+from dfpo_core import votes
+from dfpo_core.config import ROW_REWARDS, VOTED_KINDS, NoiseConfig, PipelineConfig, RewardNoiseConfig, parse_config
 from dfpo_core.data import report
 from dfpo_core.data.prepare import SPLITS
 from dfpo_core.errors import UserError
@@ -54,12 +58,12 @@ _SEPARATOR = "\x1f"
 
 def run(config: str, parent_run_id: str, data: str, output: str) -> dict[str, float]:
     """The step: noise on train.parquet, the data report written again, everything else copied byte for byte; returns the logged metrics."""
-    from dfpo_core.tracking import step_run
+    from dfpo_core.tracking import noise_tag, step_run
 
     settings = parse_config(json.loads(config))
     with step_run(settings, "noise_data", parent_run_id) as step:
         clean = pq.read_table(Path(data) / "train.parquet")
-        noisy = add_label_noise(clean, settings.noise, settings.seed)
+        noisy = noisy_table(clean, settings)
         metrics = measure(noisy, settings.noise)
         with atomic_directory(output) as folder:
             shutil.copytree(data, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train.parquet"))
@@ -70,16 +74,22 @@ def run(config: str, parent_run_id: str, data: str, output: str) -> dict[str, fl
         changed = noisy.filter(noisy["is_noisy"]).slice(0, 50).select(["row_id", "question", "answer", "label"])
         step.log_table("noisy_rows.json", changed.to_pylist())
         for name in SPLITS:
-            tags = {"noise": f"{settings.noise.kind}@{settings.noise.rate:g}" if name == "train" else "none"}
+            tags = {"noise": noise_tag(settings) if name == "train" else "none"}
             step.log_dataset(str(Path(output) / f"{name}.parquet"), name, "training" if name == "train" else "testing", tags)
     return metrics
 
 
 def measure(noisy: pa.Table, noise: NoiseConfig) -> dict[str, float]:
-    """The rate asked for (not with transitions, where it depends on the labels), and the rate measured, over all rows and by domain."""
+    """The rate asked for (where there is one: transitions and votes make as many as they make), and the rate measured, over all rows
+    and by domain. With votes their mean share, with adversarial labels the share of them that had to be plausible ones."""
     metrics = {"noise/rate_requested": noise.rate if noise.kind != "none" else 0.0}
-    if noise.kind == "class_conditional":
+    if noise.kind in ("class_conditional", "majority_vote"):
         metrics = {}
+    if "vote_share" in noisy.column_names:
+        metrics["noise/vote_share"] = float(pc.mean(noisy["vote_share"]).as_py() or 0.0)
+    if noise.kind == "adversarial":
+        kinds = noisy["noise_kind"].to_pylist()
+        metrics["noise/adversarial_fallback"] = kinds.count("plausible") / max(1, kinds.count("plausible") + kinds.count("adversarial"))
     if noise.missing_rate:
         metrics |= {"noise/missing_requested": noise.missing_rate, "noise/missing_measured": noisy["label"].null_count / noisy.num_rows}
     if "clean_question" in noisy.column_names:
@@ -92,26 +102,62 @@ def measure(noisy: pa.Table, noise: NoiseConfig) -> dict[str, float]:
     return metrics
 
 
-def add_label_noise(table: pa.Table, noise: NoiseConfig, seed: int) -> pa.Table:
+def noisy_table(table: pa.Table, config: PipelineConfig) -> pa.Table:
+    """`add_label_noise` of a configuration; asks the voter for responses where the kind of noise needs them. Raises UserError."""
+    responses = votes.sample(table.to_pylist(), config) if config.noise.kind in VOTED_KINDS else None
+    return add_label_noise(table, config.noise, config.seed, responses)
+
+
+def add_label_noise(table: pa.Table, noise: NoiseConfig, seed: int, responses: list[list[str]] | None = None) -> pa.Table:
     """The table with label (what training sees), clean_answer, is_noisy and noise_kind ("none" on clean rows) added.
 
     Args:
         table: columns row_id, answer, domain, reward and choice_labels, as `prepare` writes them (numbers in canonical form).
         seed: the configuration's seed.
+        responses: of the voter to each row, for config.VOTED_KINDS; the table then has `question` and `choices` too.
     """
-    if noise.kind != "none" and (noise.rate or noise.transitions) and _equals(table["reward"], "dialogue").any():
+    makes_labels = noise.rate or noise.kind in ("class_conditional", "majority_vote")
+    if noise.kind != "none" and makes_labels and _equals(table["reward"], "dialogue").any():
         raise no_label_noise(noise.kind)
     truth = _array(table["answer"])
     keys = text_keys(table["row_id"])
     if noise.kind == "class_conditional":
         return _record(table, truth, _class_conditional(truth, noise.transitions, _uniform(keys, seed, _CHOOSE)), keys, noise, seed)
+    if noise.kind == "majority_vote":
+        return _voted(table, truth, responses, keys, noise, seed)
     chosen = _uniform(keys, seed, _CHOOSE) < (noise.rate if noise.kind != "none" else 0.0)
+    kinds = pa.array(np.full(len(truth), noise.kind))
     label = truth
+    if noise.kind == "adversarial":
+        label, liked = _adversarial(table, truth, chosen, responses)
+        kinds = pc.if_else(liked, "adversarial", "plausible")
+        chosen &= ~liked.to_numpy(zero_copy_only=False)
+    maker = "plausible" if noise.kind == "adversarial" else noise.kind
     for reward in ROW_REWARDS:
         rows = np.flatnonzero(chosen & _equals(table["reward"], reward))
         if len(rows):
-            label = _replace(label, rows, _wrong_labels(table, reward, rows, noise.kind, keys, seed))
-    return _record(table, truth, label, keys, noise, seed)
+            label = _replace(label, rows, _wrong_labels(table, reward, rows, maker, keys, seed))
+    return _record(table, truth, label, keys, noise, seed, kinds)
+
+
+def _voted(table: pa.Table, truth: pa.Array, responses: list[list[str]], keys: np.ndarray, noise: NoiseConfig, seed: int) -> pa.Table:
+    """Labels by majority; noisy where the row's reward says that they are not the truth, missing where nothing was voted for."""
+    rows = table.to_pylist()
+    labels, shares = votes.majority(rows, responses)
+    voted = [(index, label) for index, label in enumerate(labels) if label is not None]
+    wrong = np.zeros(len(rows), dtype=bool)
+    wrong[[index for index, _ in voted]] = [not right for right in votes.are_right(rows, voted)]
+    table = table.append_column("vote_share", pa.array(shares, pa.float32()))
+    return _record(table, truth, pa.array(labels, pa.string()), keys, noise, seed, wrong=pa.array(wrong))
+
+
+def _adversarial(table: pa.Table, truth: pa.Array, chosen: np.ndarray, responses: list[list[str]]) -> tuple[pa.Array, pa.Array]:
+    """The labels with the chosen rows' strongest wrong answers put in, and where there was one."""
+    rows, asked = np.flatnonzero(chosen), table.to_pylist()
+    wrong = votes.strongest_wrong([asked[index] for index in rows], [responses[index] for index in rows])
+    found = np.zeros(len(truth), dtype=bool)
+    found[rows] = [label is not None for label in wrong]
+    return _replace(truth, rows, pa.array(wrong, pa.string())), pa.array(found)
 
 
 def no_label_noise(kind: str) -> UserError:
@@ -120,11 +166,24 @@ def no_label_noise(kind: str) -> UserError:
     return UserError("noise.kind", problem, "set it to none, and use train.reward_noise or noise.typo_rate")
 
 
-def _record(table: pa.Table, truth: pa.Array, label: pa.Array, keys: np.ndarray, noise: NoiseConfig, seed: int) -> pa.Table:
-    """The label columns, with the labels that go missing taken away and the questions corrupted."""
-    missing = pa.array(_uniform(keys, seed, _MISSING) < noise.missing_rate)
-    noisy = pc.and_(pc.not_equal(label, truth), pc.invert(missing))
-    kinds = pc.if_else(missing, "missing", pc.if_else(noisy, noise.kind, "none"))
+def _record(
+    table: pa.Table,
+    truth: pa.Array,
+    label: pa.Array,
+    keys: np.ndarray,
+    noise: NoiseConfig,
+    seed: int,
+    kinds: pa.Array | None = None,
+    wrong: pa.Array | None = None,
+) -> pa.Table:
+    """The label columns, with the labels that go missing taken away and the questions corrupted.
+
+    `kinds` is each row's kind of noise where they differ, `wrong` where a label is not the truth if comparing text does not tell.
+    """
+    missing = pc.or_(pa.array(_uniform(keys, seed, _MISSING) < noise.missing_rate), pc.is_null(label))
+    wrong = pc.not_equal(label, truth) if wrong is None else wrong
+    noisy = pc.fill_null(pc.and_(wrong, pc.invert(missing)), False)
+    kinds = pc.if_else(missing, "missing", pc.if_else(noisy, noise.kind if kinds is None else kinds, "none"))
     label = pc.if_else(missing, pa.scalar(None, pa.string()), label)
     columns = {"label": label, "clean_answer": truth, "is_noisy": noisy, "noise_kind": kinds}
     for name, column in columns.items():

@@ -175,6 +175,9 @@ def _noise(config: PipelineConfig) -> Iterator[UserError]:
         from dfpo_core.noise import no_label_noise
 
         yield no_label_noise(config.noise.kind)
+    if config.noise.voter.model:
+        for problem in _raised(models.check_reference, config.noise.voter.model):
+            yield UserError("noise.voter.model", problem.problem, problem.fix)
 
 
 def _algorithm(config: PipelineConfig) -> Iterator[UserError]:

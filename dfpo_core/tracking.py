@@ -467,8 +467,8 @@ def noise_tag(config: PipelineConfig) -> str:
         "gaussian": judge.gaussian_std,
     }
     found = [f"{kind}@{rate:g}" for kind, rate in kinds.items() if rate > 1e-12 and kind != "none"]
-    if labels.kind == "class_conditional":
-        found.insert(0, "class_conditional")
+    if labels.kind in ("class_conditional", "majority_vote"):  # these have no rate
+        found.insert(0, labels.kind)
     return "+".join(found) or "none"
 
 

