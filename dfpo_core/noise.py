@@ -29,7 +29,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ _CHOOSE, _PICK, _REWARD, _MISSING, _TYPO, _DROP, _JUDGE = 1, 2, 3, 4, 5, 6, 7
 _GAUSS = 0
 _POWERS = 10 ** np.arange(19, dtype=np.int64)
 _SEPARATOR = "\x1f"
+_NARROW = ("row_id", "answer", "domain", "reward", "choice_labels")
 
 
 def run(config: str, parent_run_id: str, data: str, output: str) -> dict[str, float]:
@@ -62,44 +63,108 @@ def run(config: str, parent_run_id: str, data: str, output: str) -> dict[str, fl
 
     settings = parse_config(json.loads(config))
     with step_run(settings, "noise_data", parent_run_id) as step:
-        clean = pq.read_table(Path(data) / "train.parquet")
-        noisy = noisy_table(clean, settings)
-        metrics = measure(noisy, settings.noise)
         with atomic_directory(output) as folder:
             shutil.copytree(data, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train.parquet"))
-            pq.write_table(noisy, folder / "train.parquet")
+            metrics = noisy_file(Path(data) / "train.parquet", folder / "train.parquet", settings)
             metrics |= report.write(folder, metrics)
         step.log_metrics(metrics)
         step.log_artifact(Path(output, report.PAGE))
-        changed = noisy.filter(noisy["is_noisy"]).slice(0, 50).select(["row_id", "question", "answer", "label"])
-        step.log_table("noisy_rows.json", changed.to_pylist())
+        step.log_table("noisy_rows.json", _noisy_rows(Path(output) / "train.parquet", 50))
         for name in SPLITS:
             tags = {"noise": noise_tag(settings) if name == "train" else "none"}
             step.log_dataset(str(Path(output) / f"{name}.parquet"), name, "training" if name == "train" else "testing", tags)
     return metrics
 
 
+def noisy_file(source: Path, target: Path, config: PipelineConfig, batch_rows: int = 250_000) -> dict[str, float]:
+    """Write `source` with its labels to `target`, a batch of rows in memory at a time, and return what `measure` says of it.
+
+    A voter is asked about all rows at once, so labels of a model need them in memory.
+    """
+    file, counts = pq.ParquetFile(source), Counts()
+    if config.noise.kind in VOTED_KINDS:
+        batch_rows = max(1, file.metadata.num_rows)
+    narrow = [name for name in _NARROW if name in file.schema_arrow.names]
+    noise = LabelNoise(config.noise, config.seed, lambda: _tables(file, batch_rows, narrow))
+    writer = None
+    try:
+        for table in _tables(file, batch_rows):
+            responses = votes.sample(table.to_pylist(), config) if config.noise.kind in VOTED_KINDS and len(table) else None
+            noisy = noise(table, responses)
+            writer = writer or pq.ParquetWriter(target, noisy.schema)
+            writer.write_table(noisy)
+            counts.add(noisy)
+    finally:
+        if writer:
+            writer.close()
+    return counts.metrics(config.noise)
+
+
+def _tables(file: pq.ParquetFile, rows: int, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The file in parts of at most `rows` rows; one empty table where it has none."""
+    if file.metadata.num_rows == 0:
+        yield file.read(columns)
+    for batch in file.iter_batches(rows, columns=columns):
+        yield pa.Table.from_batches([batch])
+
+
+def _noisy_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """The first rows with a wrong label."""
+    found: list[dict[str, Any]] = []
+    for table in _tables(pq.ParquetFile(path), 10_000, ["row_id", "question", "answer", "label", "is_noisy"]):
+        found += table.filter(table["is_noisy"]).drop_columns("is_noisy").slice(0, count - len(found)).to_pylist()
+        if len(found) == count:
+            break
+    return found
+
+
 def measure(noisy: pa.Table, noise: NoiseConfig) -> dict[str, float]:
     """The rate asked for (where there is one: transitions and votes make as many as they make), and the rate measured, over all rows
     and by domain. With votes their mean share, with adversarial labels the share of them that had to be plausible ones."""
-    metrics = {"noise/rate_requested": noise.rate if noise.kind != "none" else 0.0}
-    if noise.kind in ("class_conditional", "majority_vote"):
-        metrics = {}
-    if "vote_share" in noisy.column_names:
-        metrics["noise/vote_share"] = float(pc.mean(noisy["vote_share"]).as_py() or 0.0)
-    if noise.kind == "adversarial":
-        kinds = noisy["noise_kind"].to_pylist()
-        metrics["noise/adversarial_fallback"] = kinds.count("plausible") / max(1, kinds.count("plausible") + kinds.count("adversarial"))
-    if noise.missing_rate:
-        metrics |= {"noise/missing_requested": noise.missing_rate, "noise/missing_measured": noisy["label"].null_count / noisy.num_rows}
-    if "clean_question" in noisy.column_names:
-        changed = pc.mean(pc.not_equal(noisy["question"], noisy["clean_question"])).as_py()
-        metrics["noise/questions_changed"] = float(changed or 0.0)
-    metrics["noise/rate_measured"] = float(pc.mean(noisy["is_noisy"]).as_py() or 0.0)
-    by_domain = noisy.group_by("domain").aggregate([("is_noisy", "mean")])
-    for entry in by_domain.to_pylist():
-        metrics[f"noise/{entry['domain']}/rate_measured"] = float(entry["is_noisy_mean"])
-    return metrics
+    counts = Counts()
+    counts.add(noisy)
+    return counts.metrics(noise)
+
+
+class Counts:
+    """What `measure` says, summed up over tables."""
+
+    def __init__(self) -> None:
+        self.rows = self.missing = self.changed_questions = 0
+        self.vote_share: float | None = None
+        self.by_domain: dict[str, list[int]] = {}  # rows, wrong labels
+        self.by_kind: dict[str, int] = {}
+
+    def add(self, noisy: pa.Table) -> None:
+        """Add the rows of a table that LabelNoise returned."""
+        self.rows += noisy.num_rows
+        self.missing += noisy["label"].null_count
+        if "clean_question" in noisy.column_names:
+            self.changed_questions += pc.sum(pc.not_equal(noisy["question"], noisy["clean_question"])).as_py() or 0
+        if "vote_share" in noisy.column_names:
+            self.vote_share = (self.vote_share or 0.0) + (pc.sum(noisy["vote_share"]).as_py() or 0.0)
+        for entry in noisy.group_by("domain").aggregate([("is_noisy", "count"), ("is_noisy", "sum")]).to_pylist():
+            found = self.by_domain.setdefault(entry["domain"], [0, 0])
+            found[0] += entry["is_noisy_count"]
+            found[1] += entry["is_noisy_sum"] or 0
+        for entry in noisy.group_by("noise_kind").aggregate([([], "count_all")]).to_pylist():
+            self.by_kind[entry["noise_kind"]] = self.by_kind.get(entry["noise_kind"], 0) + entry["count_all"]
+
+    def metrics(self, noise: NoiseConfig) -> dict[str, float]:
+        rows, found = max(1, self.rows), {}
+        if noise.kind not in ("class_conditional", "majority_vote"):
+            found["noise/rate_requested"] = noise.rate if noise.kind != "none" else 0.0
+        if self.vote_share is not None:
+            found["noise/vote_share"] = self.vote_share / rows
+        if noise.kind == "adversarial":
+            plausible, liked = self.by_kind.get("plausible", 0), self.by_kind.get("adversarial", 0)
+            found["noise/adversarial_fallback"] = plausible / max(1, plausible + liked)
+        if noise.missing_rate or self.missing:
+            found |= {"noise/missing_requested": noise.missing_rate, "noise/missing_measured": self.missing / rows}
+        if noise.typo_rate or noise.word_drop_rate:
+            found["noise/questions_changed"] = self.changed_questions / rows
+        found["noise/rate_measured"] = sum(wrong for _, wrong in self.by_domain.values()) / rows
+        return found | {f"noise/{domain}/rate_measured": wrong / count for domain, (count, wrong) in self.by_domain.items()}
 
 
 def noisy_table(table: pa.Table, config: PipelineConfig) -> pa.Table:
@@ -109,35 +174,102 @@ def noisy_table(table: pa.Table, config: PipelineConfig) -> pa.Table:
 
 
 def add_label_noise(table: pa.Table, noise: NoiseConfig, seed: int, responses: list[list[str]] | None = None) -> pa.Table:
-    """The table with label (what training sees), clean_answer, is_noisy and noise_kind ("none" on clean rows) added.
+    """`LabelNoise` of one table; `responses` are the voter's to each row, for config.VOTED_KINDS."""
+    return LabelNoise(noise, seed, lambda: [table])(table, responses)
+
+
+class LabelNoise:
+    """Adds label (what training sees), clean_answer, is_noisy and noise_kind ("none" on clean rows) to the tables of a data set.
+
+    What a label depends on besides its own row, the answers that there are and which rows change places, is gathered beforehand, in one
+    pass over all tables or two, of the columns in `_NARROW` alone. Then it is called on the tables, once each, in the same order.
 
     Args:
-        table: columns row_id, answer, domain, reward and choice_labels, as `prepare` writes them (numbers in canonical form).
+        tables: begins the data set anew; columns row_id, answer, domain, reward and choice_labels, as `prepare` writes them (numbers in
+            canonical form).
         seed: the configuration's seed.
-        responses: of the voter to each row, for config.VOTED_KINDS; the table then has `question` and `choices` too.
     """
-    makes_labels = noise.rate or noise.kind in ("class_conditional", "majority_vote")
-    if noise.kind != "none" and makes_labels and _equals(table["reward"], "dialogue").any():
-        raise no_label_noise(noise.kind)
-    truth = _array(table["answer"])
-    keys = text_keys(table["row_id"])
-    if noise.kind == "class_conditional":
-        return _record(table, truth, _class_conditional(truth, noise.transitions, _uniform(keys, seed, _CHOOSE)), keys, noise, seed)
-    if noise.kind == "majority_vote":
-        return _voted(table, truth, responses, keys, noise, seed)
-    chosen = _uniform(keys, seed, _CHOOSE) < (noise.rate if noise.kind != "none" else 0.0)
-    kinds = pa.array(np.full(len(truth), noise.kind))
-    label = truth
-    if noise.kind == "adversarial":
-        label, liked = _adversarial(table, truth, chosen, responses)
-        kinds = pc.if_else(liked, "adversarial", "plausible")
-        chosen &= ~liked.to_numpy(zero_copy_only=False)
-    maker = "plausible" if noise.kind == "adversarial" else noise.kind
-    for reward in ROW_REWARDS:
-        rows = np.flatnonzero(chosen & _equals(table["reward"], reward))
-        if len(rows):
-            label = _replace(label, rows, _wrong_labels(table, reward, rows, maker, keys, seed))
-    return _record(table, truth, label, keys, noise, seed, kinds)
+
+    def __init__(self, noise: NoiseConfig, seed: int, tables: Callable[[], Iterable[pa.Table]]):
+        self.noise, self.seed = noise, seed
+        makes_labels = noise.rate or noise.kind in ("class_conditional", "majority_vote")
+        self.active = noise.kind != "none" and bool(makes_labels)
+        # An adversarial label that the model does not know is a plausible one.
+        self.maker = "plausible" if noise.kind == "adversarial" else noise.kind
+        self.classes: dict[str, _Classes] = {}
+        self.swaps: dict[str, np.ndarray] = {}  # of a permutation: target class of every chosen row that is still to come
+        if self.active and self.maker in ("symmetric", "permuted", "plausible"):
+            self._gather(tables)
+
+    def _gather(self, tables: Callable[[], Iterable[pa.Table]]) -> None:
+        answers: dict[str, list[pa.Table]] = {}
+        for table in tables():
+            self._refuse_dialogues(table)
+            for reward in filter(self._needs_classes, ROW_REWARDS):
+                rows = np.flatnonzero(_equals(table["reward"], reward))
+                if len(rows):
+                    answers.setdefault(reward, []).append(_counted(table, rows, reward))
+        self.classes = {reward: _classes(pa.concat_tables(found), reward, self.seed) for reward, found in answers.items()}
+        if self.maker == "permuted":
+            chosen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+            for table in tables():
+                keys = text_keys(table["row_id"])
+                for reward, rows in self._chosen(table, keys):
+                    chosen.setdefault(reward, []).append((self.classes[reward].of(table, rows, reward), keys[rows]))
+            for reward, parts in chosen.items():
+                own, keys = (np.concatenate(part) for part in zip(*parts, strict=True))
+                self.swaps[reward] = _permuted(self.classes[reward], own, keys)
+
+    def _needs_classes(self, reward: str) -> bool:
+        return self.maker == "permuted" or not (reward == "choice" or (self.maker == "plausible" and reward == "number"))
+
+    def _refuse_dialogues(self, table: pa.Table) -> None:
+        if self.active and _equals(table["reward"], "dialogue").any():
+            raise no_label_noise(self.noise.kind)
+
+    def _chosen(self, table: pa.Table, keys: np.ndarray, but: np.ndarray | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """(reward, indices of the rows that get a wrong label), of every kind of reward that has any; those in `but` left out."""
+        chosen = _uniform(keys, self.seed, _CHOOSE) < (self.noise.rate if self.active else 0.0)
+        if but is not None:
+            chosen &= ~but
+        for reward in ROW_REWARDS:
+            rows = np.flatnonzero(chosen & _equals(table["reward"], reward))
+            if len(rows):
+                yield reward, rows
+
+    def __call__(self, table: pa.Table, responses: list[list[str]] | None = None) -> pa.Table:
+        """The next table with its labels; the kinds in config.VOTED_KINDS need the voter's `responses` to each row, and all columns.
+
+        Raises UserError for dialogues, which have no label.
+        """
+        self._refuse_dialogues(table)
+        noise, seed = self.noise, self.seed
+        truth, keys = _array(table["answer"]), text_keys(table["row_id"])
+        if noise.kind == "class_conditional":
+            return _record(table, truth, _class_conditional(truth, noise.transitions, _uniform(keys, seed, _CHOOSE)), keys, noise, seed)
+        if noise.kind == "majority_vote":
+            return _voted(table, truth, responses, keys, noise, seed)
+        label, liked = truth, None
+        kinds = pa.array(np.full(len(truth), noise.kind))
+        if noise.kind == "adversarial":
+            label, liked = _adversarial(table, truth, _uniform(keys, seed, _CHOOSE) < noise.rate, responses)
+            kinds = pc.if_else(pa.array(liked), "adversarial", "plausible")
+        for reward, rows in self._chosen(table, keys, liked):
+            label = _replace(label, rows, self._wrong_labels(table, reward, rows, keys))
+        return _record(table, truth, label, keys, noise, seed, kinds)
+
+    def _wrong_labels(self, table: pa.Table, reward: str, rows: np.ndarray, keys: np.ndarray) -> pa.Array:
+        """A string array as long as `rows`, null where there is no wrong label."""
+        picks = _uniform(keys[rows], self.seed, _PICK)
+        if self.maker == "permuted":
+            now, self.swaps[reward] = np.split(self.swaps[reward], [len(rows)])
+            return self.classes[reward].texts.take(pa.array(now, mask=now < 0))
+        if reward == "choice":
+            return _other_option(table, rows, picks)
+        if self.maker == "plausible" and reward == "number":
+            return _near_miss(_array(table["answer"]).take(pa.array(rows)), _bits(keys[rows], self.seed, _PICK))
+        own = self.classes[reward].of(table, rows, reward)
+        return _other_answer(self.classes[reward], own, picks, by_frequency=self.maker == "plausible")
 
 
 def _voted(table: pa.Table, truth: pa.Array, responses: list[list[str]], keys: np.ndarray, noise: NoiseConfig, seed: int) -> pa.Table:
@@ -151,13 +283,13 @@ def _voted(table: pa.Table, truth: pa.Array, responses: list[list[str]], keys: n
     return _record(table, truth, pa.array(labels, pa.string()), keys, noise, seed, wrong=pa.array(wrong))
 
 
-def _adversarial(table: pa.Table, truth: pa.Array, chosen: np.ndarray, responses: list[list[str]]) -> tuple[pa.Array, pa.Array]:
+def _adversarial(table: pa.Table, truth: pa.Array, chosen: np.ndarray, responses: list[list[str]]) -> tuple[pa.Array, np.ndarray]:
     """The labels with the chosen rows' strongest wrong answers put in, and where there was one."""
     rows, asked = np.flatnonzero(chosen), table.to_pylist()
     wrong = votes.strongest_wrong([asked[index] for index in rows], [responses[index] for index in rows])
     found = np.zeros(len(truth), dtype=bool)
     found[rows] = [label is not None for label in wrong]
-    return _replace(truth, rows, pa.array(wrong, pa.string())), pa.array(found)
+    return _replace(truth, rows, pa.array(wrong, pa.string())), found
 
 
 def no_label_noise(kind: str) -> UserError:
@@ -280,18 +412,7 @@ def _uniform(keys: np.ndarray, seed: int, stream: int) -> np.ndarray:
     return (_bits(keys, seed, stream) >> np.uint64(11)) * 2.0**-53
 
 
-# Wrong labels: each function returns a string array as long as `rows`, null where there is no wrong label
-
-
-def _wrong_labels(table: pa.Table, reward: str, rows: np.ndarray, kind: str, keys: np.ndarray, seed: int) -> pa.Array:
-    picks = _uniform(keys[rows], seed, _PICK)
-    if kind == "permuted":
-        return _permuted(_classes(table, reward, seed), rows, keys)
-    if reward == "choice":
-        return _other_option(table, rows, picks)
-    if kind == "plausible" and reward == "number":
-        return _near_miss(_array(table["answer"]).take(pa.array(rows)), _bits(keys[rows], seed, _PICK))
-    return _other_answer(_classes(table, reward, seed), rows, picks, by_frequency=kind == "plausible")
+# Wrong labels: each function returns a string array as long as its rows, null where there is no wrong label
 
 
 def _class_conditional(truth: pa.Array, transitions: dict[str, dict[str, float]], draws: np.ndarray) -> pa.Array:
@@ -314,44 +435,62 @@ class _Classes:
     A group is a domain; rows with different choice labels are different groups.
     """
 
-    of_row: np.ndarray  # (N,) class of each row, -1 on rows of another reward kind
     group: np.ndarray  # (C,) group of each class
     counts: np.ndarray  # (C,) rows in each class
     texts: pa.Array  # (C,) one spelling of each answer
+    spellings: np.ndarray  # (S,) sorted keys of (group, spelling) pairs
+    of_spelling: np.ndarray  # (S,) the class of each
+
+    def of(self, table: pa.Table, rows: np.ndarray, reward: str) -> np.ndarray:
+        """(rows,) class of each row, which must be of this kind of reward."""
+        part = table.select(["answer", "domain", "choice_labels"]).take(pa.array(rows))
+        answers, groups = _array(part["answer"]).dictionary_encode(), _groups(part, reward).dictionary_encode()
+        keys = _pair_keys(text_keys(groups.dictionary)[_codes(groups)], text_keys(answers.dictionary)[_codes(answers)])
+        return self.of_spelling[np.searchsorted(self.spellings, keys)]
 
 
-def _classes(table: pa.Table, reward: str, seed: int) -> _Classes:
-    rows = np.flatnonzero(_equals(table["reward"], reward))
+def _counted(table: pa.Table, rows: np.ndarray, reward: str) -> pa.Table:
+    """The different (group, answer) pairs of some rows and their counts."""
     part = table.select(["answer", "domain", "choice_labels"]).take(pa.array(rows))
-    answers = _array(part["answer"]).dictionary_encode()
-    groups = _groups(part, reward)
-    size = len(answers.dictionary)
-    encoded = pa.array(_codes(groups) * size + _codes(answers)).dictionary_encode()
-    pairs, pair_of_row = encoded.dictionary.to_numpy(), _codes(encoded)
-    pair_counts = np.bincount(pair_of_row, minlength=len(pairs))
-    spelling = answers.dictionary.take(pa.array(pairs % size))
-    same = _same_answer_keys(spelling, reward)
-    group_keys = text_keys(groups.dictionary)[pairs // size]
-    answer_keys = _mix(_mix(same ^ np.uint64(seed)) ^ group_keys)
-    order = np.lexsort((text_keys(spelling), answer_keys, group_keys))
+    pairs = pa.table({"group": _groups(part, reward), "answer": _array(part["answer"])})
+    return pairs.group_by(["group", "answer"]).aggregate([([], "count_all")])
+
+
+def _classes(counted: pa.Table, reward: str, seed: int) -> _Classes:
+    """From the `_counted` pairs of all parts of a data set."""
+    pairs = counted.group_by(["group", "answer"]).aggregate([("count_all", "sum")])
+    spelling, groups = _array(pairs["answer"]), _array(pairs["group"]).dictionary_encode()
+    group_keys, spelling_keys = text_keys(groups.dictionary)[_codes(groups)], text_keys(spelling)
+    answer_keys = _mix(_mix(_same_answer_keys(spelling, reward) ^ np.uint64(seed)) ^ group_keys)
+    order = np.lexsort((spelling_keys, answer_keys, group_keys))
     starts = np.ones(len(order), dtype=bool)
     starts[1:] = (answer_keys[order][1:] != answer_keys[order][:-1]) | (group_keys[order][1:] != group_keys[order][:-1])
     class_of_pair = np.empty(len(order), dtype=np.int64)
     class_of_pair[order] = np.cumsum(starts) - 1
-    of_row = np.full(table.num_rows, -1, dtype=np.int64)
-    of_row[rows] = class_of_pair[pair_of_row]
     group_start = np.ones(int(starts.sum()), dtype=bool)
     group_start[1:] = np.diff(group_keys[order][starts].view(np.int64)) != 0
-    counts = np.bincount(class_of_pair, weights=pair_counts).astype(np.int64)
-    return _Classes(of_row, np.cumsum(group_start) - 1, counts, spelling.take(pa.array(order[starts])))
+    counts = np.bincount(class_of_pair, weights=_array(pairs["count_all_sum"]).to_numpy()).astype(np.int64)
+    keys = _pair_keys(group_keys, spelling_keys)
+    by_key = np.argsort(keys)
+    return _Classes(
+        group=np.cumsum(group_start) - 1,
+        counts=counts,
+        texts=spelling.take(pa.array(order[starts])),
+        spellings=keys[by_key],
+        of_spelling=class_of_pair[by_key],
+    )
 
 
-def _groups(part: pa.Table, reward: str) -> pa.DictionaryArray:
+def _pair_keys(group_keys: np.ndarray, answer_keys: np.ndarray) -> np.ndarray:
+    """(N,) uint64 of (group, answer) pairs."""
+    return _mix(answer_keys ^ _mix(group_keys))
+
+
+def _groups(part: pa.Table, reward: str) -> pa.Array:
     domain = _array(part["domain"])
     if reward != "choice":
-        return domain.dictionary_encode()
-    labels = pc.binary_join(_array(part["choice_labels"]), _SEPARATOR)
-    return pc.binary_join_element_wise(domain, labels, _SEPARATOR).dictionary_encode()
+        return domain
+    return pc.binary_join_element_wise(domain, pc.binary_join(_array(part["choice_labels"]), _SEPARATOR), _SEPARATOR)
 
 
 def _same_answer_keys(spelling: pa.Array, reward: str) -> np.ndarray:
@@ -361,7 +500,7 @@ def _same_answer_keys(spelling: pa.Array, reward: str) -> np.ndarray:
     return text_keys(pa.array([normalise_text(text) for text in spelling.to_pylist()], pa.string()))
 
 
-def _other_answer(classes: _Classes, rows: np.ndarray, picks: np.ndarray, by_frequency: bool) -> pa.Array:
+def _other_answer(classes: _Classes, own: np.ndarray, picks: np.ndarray, by_frequency: bool) -> pa.Array:
     """Another class of the row's group, drawn uniformly or by the number of its rows; the row's own class is cut out."""
     weights = classes.counts if by_frequency else np.ones_like(classes.counts)
     ends = np.cumsum(weights)
@@ -369,7 +508,6 @@ def _other_answer(classes: _Classes, rows: np.ndarray, picks: np.ndarray, by_fre
     last = np.searchsorted(classes.group, classes.group, side="right") - 1
     group_start = ends[first] - weights[first]
     group_total = ends[last] - group_start
-    own = classes.of_row[rows]
     others = group_total[own] - weights[own]
     position = group_start[own] + (picks * others).astype(np.int64)
     position += np.where(position >= ends[own] - weights[own], weights[own], 0)
@@ -377,10 +515,9 @@ def _other_answer(classes: _Classes, rows: np.ndarray, picks: np.ndarray, by_fre
     return classes.texts.take(pa.array(target, mask=others == 0))
 
 
-def _permuted(classes: _Classes, rows: np.ndarray, keys: np.ndarray) -> pa.Array:
-    """Rotate the chosen rows, sorted by class, by the size of the largest chosen class of their group."""
-    own = classes.of_row[rows]
-    order = np.lexsort((keys[rows], own))
+def _permuted(classes: _Classes, own: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Rotate rows of classes `own`, sorted by class, by the size of the largest of their group: (N,) target classes, -1 for none."""
+    order = np.lexsort((keys, own))
     sorted_class = own[order]
     chosen = np.bincount(own, minlength=len(classes.group))
     groups = classes.group[-1] + 1
@@ -389,10 +526,11 @@ def _permuted(classes: _Classes, rows: np.ndarray, keys: np.ndarray) -> pa.Array
     np.maximum.at(shift, classes.group, chosen)
     start = (np.cumsum(group_rows) - group_rows)[classes.group[sorted_class]]
     group = classes.group[sorted_class]
-    partner = start + (np.arange(len(rows)) - start + shift[group]) % group_rows[group]
-    target = np.empty(len(rows), dtype=np.int64)
+    partner = start + (np.arange(len(own)) - start + shift[group]) % group_rows[group]
+    target = np.empty(len(own), dtype=np.int64)
     target[order] = sorted_class[partner]
-    return classes.texts.take(pa.array(target, mask=target == own))
+    target[target == own] = -1
+    return target
 
 
 def _other_option(table: pa.Table, rows: np.ndarray, picks: np.ndarray) -> pa.Array:

@@ -5,13 +5,14 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dfpo_core.config import NoiseConfig, RewardNoiseConfig
-from dfpo_core.noise import add_label_noise, corrupt, measure, reward_noise
+from dfpo_core.config import NoiseConfig, RewardNoiseConfig, parse_config
+from dfpo_core.noise import add_label_noise, corrupt, measure, noisy_file, reward_noise
 from dfpo_core.rewards import canonical_number, normalise_text
 
 KINDS = ("symmetric", "permuted", "plausible")
@@ -320,3 +321,32 @@ def test_questions_are_corrupted_in_the_table_and_the_clean_ones_kept():
     assert result["clean_question"].to_pylist() == ["largest number below 17", "17 + 2"]
     assert result["question"].to_pylist()[1] == "17 + 2" != result["question"].to_pylist()[0]
     assert measure(result, NoiseConfig(typo_rate=1.0))["noise/questions_changed"] == 0.5
+
+
+@pytest.mark.parametrize("batch_rows", [1, 7, 1000])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "symmetric", "rate": 0.5},
+        {"kind": "permuted", "rate": 0.5},
+        {"kind": "plausible", "rate": 0.5, "missing_rate": 0.2},
+        {"kind": "class_conditional", "transitions": {"A": {"B": 0.5}}},
+        {"kind": "none", "typo_rate": 0.5},
+    ],
+    ids=lambda options: options["kind"],
+)
+def test_a_file_in_parts_gets_the_labels_of_the_whole_table(tmp_path, options, batch_rows):
+    table = mixed(40).append_column("question", pa.array([f"what about number {i}" for i in range(120)]))
+    config = parse_config({"seed": 3, "model": "scratch:tiny", "noise": options, "data": {"train": [{"kind": "jsonl", "name": "x.jsonl"}]}})
+    pq.write_table(table, tmp_path / "clean.parquet")
+    metrics = noisy_file(tmp_path / "clean.parquet", tmp_path / "noisy.parquet", config, batch_rows)
+    whole = add_label_noise(table, config.noise, 3)
+    assert pq.read_table(tmp_path / "noisy.parquet").to_pylist() == whole.to_pylist()
+    assert metrics == pytest.approx(measure(whole, config.noise))
+
+
+def test_a_file_without_rows_keeps_its_columns(tmp_path):
+    config = parse_config({"seed": 3, "model": "scratch:tiny", "data": {"train": [{"kind": "jsonl", "name": "x.jsonl"}]}})
+    pq.write_table(mixed(3).slice(0, 0), tmp_path / "clean.parquet")
+    assert noisy_file(tmp_path / "clean.parquet", tmp_path / "noisy.parquet", config)["noise/rate_measured"] == 0
+    assert "label" in pq.read_schema(tmp_path / "noisy.parquet").names
