@@ -41,10 +41,11 @@ import pyarrow.parquet as pq
 from scipy.special import ndtri
 
 from dfpo_core import votes
-from dfpo_core.config import ROW_REWARDS, VOTED_KINDS, NoiseConfig, PipelineConfig, RewardNoiseConfig, parse_config
-from dfpo_core.data import report
+from dfpo_core.config import ROW_REWARDS, VOTED_KINDS, NoiseConfig, PipelineConfig, PromptConfig, RewardNoiseConfig, parse_config
+from dfpo_core.data import prompts, report
 from dfpo_core.data.prepare import SPLITS
 from dfpo_core.errors import UserError
+from dfpo_core.models import load_tokenizer
 from dfpo_core.rewards import canonical_number, normalise_text
 from dfpo_core.storage import atomic_directory
 
@@ -65,7 +66,9 @@ def run(config: str, parent_run_id: str, data: str, output: str) -> dict[str, fl
     with step_run(settings, "noise_data", parent_run_id) as step:
         with atomic_directory(output) as folder:
             shutil.copytree(data, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train.parquet"))
-            metrics = noisy_file(Path(data) / "train.parquet", folder / "train.parquet", settings)
+            metrics, removed = noisy_file(Path(data) / "train.parquet", folder / "train.parquet", settings)
+            with (folder / "removed.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in removed)
             metrics |= report.write(folder, metrics)
         step.log_metrics(metrics)
         step.log_artifact(Path(output, report.PAGE))
@@ -76,12 +79,19 @@ def run(config: str, parent_run_id: str, data: str, output: str) -> dict[str, fl
     return metrics
 
 
-def noisy_file(source: Path, target: Path, config: PipelineConfig, batch_rows: int = 250_000) -> dict[str, float]:
-    """Write `source` with its labels to `target`, a batch of rows in memory at a time, and return what `measure` says of it.
+def noisy_file(
+    source: Path, target: Path, config: PipelineConfig, batch_rows: int = 250_000
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Write `source` with its labels to `target`, a batch of rows in memory at a time.
 
-    A voter is asked about all rows at once, so labels of a model need them in memory.
+    Returns what `measure` says of it, and an entry for removed.jsonl on every row that left: typos can make a prompt longer than
+    `prompt.max_prompt_tokens`. A voter is asked about all rows at once, so labels of a model need them in memory.
+
+    Raises:
+        UserError: a prompt became too long and `prompt.too_long` is refuse.
     """
-    file, counts = pq.ParquetFile(source), Counts()
+    file, counts, removed = pq.ParquetFile(source), Counts(), []
+    tokenizer = load_tokenizer(config.model, config.home_path) if config.noise.typo_rate or config.noise.word_drop_rate else None
     if config.noise.kind in VOTED_KINDS:
         batch_rows = max(1, file.metadata.num_rows)
     narrow = [name for name in _NARROW if name in file.schema_arrow.names]
@@ -91,13 +101,35 @@ def noisy_file(source: Path, target: Path, config: PipelineConfig, batch_rows: i
         for table in _tables(file, batch_rows):
             responses = votes.sample(table.to_pylist(), config) if config.noise.kind in VOTED_KINDS and len(table) else None
             noisy = noise(table, responses)
+            if tokenizer:
+                noisy, entries = _fitting(noisy, tokenizer, config.prompt)
+                removed += entries
             writer = writer or pq.ParquetWriter(target, noisy.schema)
             writer.write_table(noisy)
             counts.add(noisy)
     finally:
         if writer:
             writer.close()
-    return counts.metrics(config.noise)
+    return counts.metrics(config.noise) | ({"noise/too_long": float(len(removed))} if tokenizer else {}), removed
+
+
+def _fitting(noisy: pa.Table, tokenizer: Any, prompt: PromptConfig) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """The rows whose prompt still fits, and an entry on each of the others. Raises UserError where these are refused."""
+    changed = noisy.filter(pc.not_equal(noisy["question"], noisy["clean_question"])).to_pylist()
+    lengths = [len(ids) for ids in prompts.tokenize(tokenizer, changed, prompt)]
+    too_long = [(row, length) for row, length in zip(changed, lengths, strict=True) if length > prompt.max_prompt_tokens]
+    if not too_long:
+        return noisy, []
+    if prompt.too_long == "refuse":
+        raise prompts.too_long_error([(row["row_id"], length) for row, length in too_long], noisy.num_rows, prompt)
+    reason = "with its typos its prompt has {} tokens, prompt.max_prompt_tokens is {}"
+    entries = [
+        {"split": "train", "source": row["source"], "file": None, "line": None, "row_id": row["row_id"], "gate": "too_long"}
+        | {"reason": reason.format(length, prompt.max_prompt_tokens)}
+        for row, length in too_long
+    ]
+    leaving = pc.is_in(noisy["row_id"], pa.array([row["row_id"] for row, _ in too_long]))
+    return noisy.filter(pc.invert(leaving)), entries
 
 
 def _tables(file: pq.ParquetFile, rows: int, columns: list[str] | None = None) -> Iterator[pa.Table]:

@@ -1,6 +1,7 @@
 """Label noise: what holds for every table, and a few labels by hand."""
 
 import math
+import string
 from collections import Counter
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from dfpo_core.config import NoiseConfig, RewardNoiseConfig, parse_config
+from dfpo_core.errors import UserError
 from dfpo_core.noise import add_label_noise, corrupt, measure, noisy_file, reward_noise
 from dfpo_core.rewards import canonical_number, normalise_text
 
@@ -323,6 +327,13 @@ def test_questions_are_corrupted_in_the_table_and_the_clean_ones_kept():
     assert measure(result, NoiseConfig(typo_rate=1.0))["noise/questions_changed"] == 0.5
 
 
+def questions(table):
+    count = table.num_rows
+    table = table.append_column("question", pa.array([f"what about number {i}" for i in range(count)]))
+    table = table.append_column("source", pa.array(["made"] * count))
+    return table.append_column("choices", pa.array([LABELS if of else None for of in table["choice_labels"].to_pylist()]))
+
+
 @pytest.mark.parametrize("batch_rows", [1, 7, 1000])
 @pytest.mark.parametrize(
     "options",
@@ -336,17 +347,45 @@ def test_questions_are_corrupted_in_the_table_and_the_clean_ones_kept():
     ids=lambda options: options["kind"],
 )
 def test_a_file_in_parts_gets_the_labels_of_the_whole_table(tmp_path, options, batch_rows):
-    table = mixed(40).append_column("question", pa.array([f"what about number {i}" for i in range(120)]))
+    table = questions(mixed(40))
     config = parse_config({"seed": 3, "model": "scratch:tiny", "noise": options, "data": {"train": [{"kind": "jsonl", "name": "x.jsonl"}]}})
     pq.write_table(table, tmp_path / "clean.parquet")
-    metrics = noisy_file(tmp_path / "clean.parquet", tmp_path / "noisy.parquet", config, batch_rows)
+    metrics, removed = noisy_file(tmp_path / "clean.parquet", tmp_path / "noisy.parquet", config, batch_rows)
+    assert not removed
     whole = add_label_noise(table, config.noise, 3)
     assert pq.read_table(tmp_path / "noisy.parquet").to_pylist() == whole.to_pylist()
-    assert metrics == pytest.approx(measure(whole, config.noise))
+    assert {k: v for k, v in metrics.items() if k != "noise/too_long"} == pytest.approx(measure(whole, config.noise))
 
 
 def test_a_file_without_rows_keeps_its_columns(tmp_path):
     config = parse_config({"seed": 3, "model": "scratch:tiny", "data": {"train": [{"kind": "jsonl", "name": "x.jsonl"}]}})
     pq.write_table(mixed(3).slice(0, 0), tmp_path / "clean.parquet")
-    assert noisy_file(tmp_path / "clean.parquet", tmp_path / "noisy.parquet", config)["noise/rate_measured"] == 0
+    assert noisy_file(tmp_path / "clean.parquet", tmp_path / "noisy.parquet", config)[0]["noise/rate_measured"] == 0
     assert "label" in pq.read_schema(tmp_path / "noisy.parquet").names
+
+
+@pytest.mark.parametrize("too_long", ["refuse", "drop"])
+def test_a_prompt_that_typos_make_too_long_is_refused_or_dropped_and_counted(tmp_path, monkeypatch, too_long):
+    """A tokenizer that knows the word `about` and spells out any other: only a typo in `about` makes a prompt longer."""
+    characters = [*string.ascii_lowercase, *string.digits, " ", "\n", "ab", "abo", "abou", "about"]
+    merges = [("a", "b"), ("ab", "o"), ("abo", "u"), ("abou", "t")]
+    words = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(characters)}, merges=merges))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    monkeypatch.setattr("dfpo_core.noise.load_tokenizer", lambda reference, home: tokenizer)
+    values = {"seed": 3, "model": "scratch:tiny", "data": {"train": [{"kind": "jsonl", "name": "x.jsonl"}]}}
+    limits = {"max_prompt_tokens": 17, "too_long": too_long}  # what, about as one, number, two digits, three spaces, a new line
+    config = parse_config({**values, "noise": {"kind": "none", "typo_rate": 0.5}, "prompt": limits})
+    table = questions(make([str(i) for i in range(100)], "number"))
+    pq.write_table(table, tmp_path / "clean.parquet")
+    if too_long == "refuse":
+        with pytest.raises(UserError, match="prompts are longer than 17 tokens"):
+            noisy_file(tmp_path / "clean.parquet", tmp_path / "noisy.parquet", config)
+        return
+    metrics, removed = noisy_file(tmp_path / "clean.parquet", tmp_path / "noisy.parquet", config)
+    whole = add_label_noise(table, config.noise, 3).to_pylist()
+    expected = [row["row_id"] for row in whole if "about" not in row["question"]]
+    assert [entry["row_id"] for entry in removed] == expected and 20 < len(expected) < 80
+    assert metrics["noise/too_long"] == len(expected)
+    assert [row["row_id"] for row in pq.read_table(tmp_path / "noisy.parquet").to_pylist()] == [
+        row["row_id"] for row in whole if row["row_id"] not in expected
+    ]

@@ -56,7 +56,7 @@ def label(path: str, kind: str) -> None:
     config = parse_config({"seed": 1, "model": "scratch:tiny", "data": {"train": [source]}, "noise": {"kind": kind, "rate": 0.3}})
     rows = pq.read_metadata(path).num_rows
     started = time.process_time()
-    metrics = noisy_file(Path(path), Path(path).with_name("noisy.parquet"), config)
+    metrics, _ = noisy_file(Path(path), Path(path).with_name("noisy.parquet"), config)
     seconds = time.process_time() - started
     # Not ru_maxrss, which begins with that of the process that started this one.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
