@@ -220,3 +220,37 @@ def test_another_questions_answer_is_wrong_unless_it_is_the_same_value():
     chance = sum((count / len(rows)) ** 2 for count in Counter(row["answer"] for row in rows).values())
     assert chance < 0.02 and len(same) / len(rows) < chance + 0.01
     assert all(latex.plain(latex.tidy(one)).value == latex.plain(latex.tidy(other)).value for one, other in spelled)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "expected"),
+    [
+        (r"[1,3)", r"1 \le x < 3", 1),
+        (r"[1,3)", r"3 > x \geq 1", 1),
+        (r"[1,3)", r"1 < x < 3", 0),
+        (r"[1,3)", r"1 \le x", 0),
+        (r"(-\infty,2]", r"x \le 2", 1),
+        (r"(-\infty,2]", r"x \lt 2", 0),
+        (r"(2,\infty)", r"x > 2", 1),
+        (r"(2,\infty)", r"2 < y", 1),
+        (r"(2,\infty)", r"x > 3", 0),
+        (r"(1,3)", r"1 < x < 3", 0),  # it may be a point
+        (r"\ln 2", r"\log 2", 1),
+        (r"2\ln 3", r"2\log(3)", 1),
+        (r"\ln 2", r"\log_{10} 2", 0),
+        (r"\ln 2", r"\log 3", 0),
+        (r"\log_2 3", r"\log 3", 0),
+        ("3000000", r"3 \times 10^6", 1),
+        ("3000000", r"3\cdot 10^{6}", 1),
+        ("-3200", "-3.2e3", 1),
+        ("0.000032", r"3.2\times10^{-5}", 1),
+        (r"6.02 \times 10^{23}", "6.02e23", 1),
+        ("3000000", r"3 \times 10^5", 0),
+        ("3000000", r"30 \times 10^5", 0),  # not normalised: a calculation
+        ("42", r"4.2 \times 10^1", 0),
+        ("1000", "10^3", 0),
+        ("0", r"0 \times 10^5", 0),
+    ],
+)
+def test_right_notations_that_are_not_the_wanted_one(wanted, given, expected):
+    assert score([{"reward": "math", "answer": wanted, "question": "q"}], [f"\\boxed{{{given}}}"]) == [expected]

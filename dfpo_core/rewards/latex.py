@@ -27,6 +27,10 @@ _PLAIN = re.compile(
 )
 _NAME = re.compile(r"(?:m\s*)?(?:\\angle\s*)?\\?[A-Za-z]*(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?")
 _LONGEST_PLAIN = 5000  # characters
+_SCIENTIFIC = re.compile(
+    r"([-+]?)(\d)(?:\.(\d{1,100}))?(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?|[eE]([-+]?\d{1,3}))"
+)
+_RELATION = re.compile(r"(<|>|\\(?:leqslant|geqslant|leq?|geq?|lt|gt)(?![A-Za-z]))")
 _NOT_A_UNIT = OTHER_VALUE | {"and", "or", "if", "sin", "cos", "tan", "log", "ln", "exp", "sqrt", "over", "times", "mod"}
 
 
@@ -48,6 +52,48 @@ def tidy(text: str) -> str:
 def spelling(text: str) -> str:
     r"""A tidied text without the spaces and braces that TeX does not need: \frac 12 and \frac{1}{2} are one, 4 2 and 42 are not."""
     return re.sub(r"\{(\w)\}", r"\1", re.sub(r"(?<!\d) | (?!\d)", "", text))
+
+
+def decimal(text: str) -> str:
+    """A tidied text in normalised scientific notation of a power of at least 3, 3.2\\times 10^{-5} or 3.2e-5, in decimal digits; any other
+    text as it is: 4.2\\times 10^1 and 30\\times 10^5 are calculations."""
+    match = _SCIENTIFIC.fullmatch(without_units(text))
+    if not match:
+        return text
+    sign, digits, decimals, power = match[1], match[2], match[3] or "", int(match[4] or match[5])
+    if not 3 <= abs(power) <= 100 or digits == "0":
+        return text
+    if power > 0:
+        whole, rest = digits + decimals[:power].ljust(power, "0"), decimals[power:]
+        return sign + whole + (f".{rest}" if rest else "")
+    return f"{sign}0.{'0' * (-power - 1)}{digits}{decimals}"
+
+
+def interval(text: str) -> str:
+    """A tidied inequality in one letter as the interval that it describes, 1 \\le x < 3 as [1, 3); any other text as it is."""
+    parts = _RELATION.split(text)
+    sides, signs = [part.strip() for part in parts[::2]], parts[1::2]
+    if not signs or len(signs) > 2 or not all(sides) or len({_is_below(sign) for sign in signs}) > 1:
+        return text
+    if not _is_below(signs[0]):
+        sides, signs = sides[::-1], signs[::-1]
+    middle = 1 if len(signs) == 2 else next((i for i, side in enumerate(sides) if re.fullmatch("[A-Za-z]", side)), None)
+    if middle is None or not re.fullmatch("[A-Za-z]", sides[middle]):
+        return text
+    strict = [sign in ("<", ">", "\\lt", "\\gt") for sign in signs]
+    low = ("(" if strict[0] else "[") + sides[0] if middle == 1 else "(-\\infty"
+    high = sides[-1] + (")" if strict[-1] else "]") if middle < len(sides) - 1 else "\\infty)"
+    return f"{low}, {high}"
+
+
+def is_interval(text: str) -> bool:
+    """Whether a tidied text can only be an interval: [1, 3), (2, \\infty); (1, 3) may be a point, [1, 3] a list."""
+    ends = re.fullmatch(r"([\[(])([^,;\[\]]+),([^,;\[\]]+)([\])])", text.strip())
+    return bool(ends) and ((ends[1] + ends[4]) in ("[)", "(]") or "\\infty" in ends[2] + ends[3])
+
+
+def _is_below(sign: str) -> bool:
+    return sign in ("<", "\\le", "\\leq", "\\lt", "\\leqslant")
 
 
 def is_name(text: str) -> bool:

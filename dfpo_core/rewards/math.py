@@ -5,6 +5,8 @@ a mark may give it as its only formula. Then:
 
 * Where a plain value is wanted (42, 3/4, $18.90, 90^\circ, x = 5) a plain value must be given, with or without its unit. It is
   compared exactly, digit by digit: 17+25 is not 42, 0.333333 is not 1/3, and 84/2 is not 42 either.
+* A power of ten is a plain value in normalised scientific notation, from 10^3 and 10^{-3} on (3.2\times 10^5, 3.2e5). Where an interval is
+  wanted that can be nothing else ([1, 3), (2, \infty)) an inequality may be given, where \ln is wanted \log.
 * Text (\text{Evelyn}) is compared as text, numbers in another base (52_8) digit by digit.
 * Everything else must have the same value for math-verify, and be worked out as far as the wanted answer is: no sum, product or power of
   plain numbers, no integral, binomial and so on that the wanted answer does not have, and no formula copied from the question.
@@ -65,7 +67,7 @@ def decide(wanted: str, response: str, question: str = "") -> float | tuple[str,
     given = final_formula(response)
     if len(given) > max(_LONGEST, 2 * len(wanted)):
         return 0.0
-    given = latex.tidy(given).removeprefix("\\approx").strip()
+    given = _in_words_of(latex.decimal(latex.tidy(given).removeprefix("\\approx").strip()), target.formula)
     if not given:
         return 0.0
     if latex.spelling(given) == latex.spelling(target.formula):
@@ -112,7 +114,7 @@ class _Target:
 
 @functools.lru_cache(maxsize=4096)
 def _target(wanted: str) -> _Target:
-    tidied = latex.tidy(wanted).removeprefix("\\approx").strip()
+    tidied = latex.decimal(latex.tidy(wanted).removeprefix("\\approx").strip())
     formula = latex.without_units(tidied)
     is_equation = "=" in formula and not latex.is_name(formula.partition("=")[0])
     plain = None if is_equation else latex.plain(tidied)
@@ -122,6 +124,15 @@ def _target(wanted: str) -> _Target:
         return _Target(tidied, text=_as_text(tidied))
     base = _BASE.fullmatch(formula)
     return _Target(formula, base=base[1]) if base else _Target(formula)
+
+
+def _in_words_of(given: str, wanted: str) -> str:
+    r"""The given formula in the notation of the wanted one where that is plain: an inequality as an interval, \log for \ln."""
+    if latex.is_interval(wanted):
+        given = latex.interval(given)
+    if "\\ln" in wanted and "\\ln" not in given and "\\log" not in wanted:
+        given = re.sub(r"\\log(?![A-Za-z_]|\s*_)", r"\\ln", given)
+    return given
 
 
 def _as_text(formula: str) -> str:
