@@ -24,6 +24,7 @@ from dfpo_core.types import CriticBatch, LossOutput, last_token
 
 START_SHARE = 0.25  # of the flow times drawn
 FREQUENCIES = 4  # cosines each of flow time and step size; sines and cosines of the position
+FIELD_STEPS = 8  # Euler steps of the field where its spread is read
 RAMPS, RAMP_LIMIT = 12, 2.2  # steep features of the position, evenly over [-RAMP_LIMIT, RAMP_LIMIT]
 
 
@@ -284,7 +285,11 @@ class FlowCritic(nn.Module):
         if any(risk):
             targets = flow_losses.tail_targets(target, own, config.risk_alpha)
             terms["risk"] = 1.0, flow_losses.conditional_value_risk(samples, targets, config.risk_alpha, risk)
-        spread = own.std(-1, correction=0)
+        # The shape is judged by the field's spread. These terms do not train the field; measured by the jump's own spread, a tail that
+        # is pulled out would raise its own limit.
+        with torch.no_grad():
+            field = solve(lambda position, flow_time, _: target_velocity(position, flow_time, 0 * flow_time), self.noise, FIELD_STEPS)
+        spread = field.std(-1, correction=0)
         if config.lower_shape_weight:
             shape = flow_losses.lower_contraction(samples, config.risk_alpha, config.lower_shape_limit * spread)
             terms["lower_shape"] = config.lower_shape_weight, shape
