@@ -1,12 +1,15 @@
 """What every critic must do: shapes, invariances, additive losses, learning a known return; and the scalar and quantile losses."""
 
+import copy
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfpo_core.critics import registry
-from dfpo_core.critics.flow import FlowConfig, FlowCritic, bound, one_step, solve, stratified_noise
+from dfpo_core.critics.flow import FlowConfig, FlowCritic, bound, draw_levels, one_step, solve, stratified_noise
 from dfpo_core.critics.quantile import quantile_huber
 from dfpo_core.critics.scalar import clipped_value_error
 from dfpo_core.types import CriticBatch, last_token
@@ -137,6 +140,24 @@ def test_uncertainty_is_the_mean_slope_of_the_one_step_map_in_units_of_the_retur
     velocity, noise = critic._velocity(critic.head, hidden), stratified_noise(16)
     _, slope = torch.func.jvp(lambda eps: one_step(velocity, eps), (noise,), (torch.ones_like(noise),))
     torch.testing.assert_close(critic.uncertainty(hidden), 2 * slope.abs().mean(-1).detach())
+
+
+@pytest.mark.parametrize(
+    ("weighting", "weight"),
+    [("none", lambda s: 1.0), ("confidence", lambda s: 1 / (1 + math.exp(2 / s)) + 0.5), ("robust", lambda s: 1 / (1 + (s / 2) ** 2))],
+)
+def test_loss_2_weighs_a_token_by_the_dispersion_of_its_target_flow(weighting, weight):
+    # a response of two tokens: the first alone has a successor
+    critic = build("flow", weighting="none")
+    batch = random_batch(critic, 5, batch=1, length=2)
+    plain = critic.loss(batch).metrics["critic/bellman_loss"]
+    noise = draw_levels(critic.config.loss_levels, torch.Generator().manual_seed(7), torch.device("cpu")).noise.double()
+    head = copy.deepcopy(critic.target_head).double()
+    velocity = bound(head, head.context(batch.target_hidden[0, :1].double()))
+    slope = (one_step(velocity, noise + 1e-5) - one_step(velocity, noise - 1e-5)) / 2e-5
+    critic.config = critic.config.model_copy(update={"weighting": weighting, "weighting_scale": 2.0})
+    batch.generator.manual_seed(7)
+    assert critic.loss(batch).metrics["critic/bellman_loss"] == pytest.approx(plain * weight(slope.abs().mean().item()), rel=1e-3)
 
 
 def test_one_solver_step_is_the_jump():

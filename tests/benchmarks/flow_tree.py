@@ -3,14 +3,22 @@
 Vocabulary 3, depth 6: 364 states, 729 answers, a fixed random policy. `normal`: an answer is worth 0, 1/2 or 1, plus normal noise 0.1, so
 the return of a state is a mixture of three normals with enumerable weights. `flips`: rewards 0 or 1 flipped with probability 0.1, so the
 return is Bernoulli. Every update draws `--copies` continuations of every state; the critic learns by its own bootstrapped losses alone.
-Prints W1 to the truth over all states (share of the range) and the rank correlation of `uncertainty` with the true standard deviation.
-`python tests/benchmarks/flow_tree.py --returns normal --steps 7000 --lam 0.5`
+Judged by W1 to the truth at every state (share of the range) and the rank correlation of `uncertainty` with the true standard deviation.
+
+    python tests/benchmarks/flow_tree.py --returns normal flips --depth 4 --steps 2400        # adds to results/flow_tree.json
+    python tests/benchmarks/flow_tree.py --compare weighting none confidence robust --seeds 0 1 2 --depth 4 --steps 600
+
+The (noise, flow time) levels are shared by all tokens of an update, so many levels and one copy of each state converge faster than the
+reverse at the same cost: 32 levels here.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,85 +27,131 @@ from scipy.stats import norm, spearmanr
 from dfpo_core.critics.flow import FlowConfig, FlowCritic
 from dfpo_core.types import CriticBatch
 
-VOCABULARY, DEPTH, FLIP, SPREAD, LEVELS = 3, 6, 0.1, 0.1, 200
-FIRST = [(VOCABULARY**d - 1) // (VOCABULARY - 1) for d in range(DEPTH + 2)]  # index of the first state of each depth
-STATES = FIRST[DEPTH]
+VOCABULARY, FLIP, SPREAD, LEVELS = 3, 0.1, 0.1, 200
 RANGE = {"normal": (-0.25, 1.25), "flips": (0.0, 1.0)}
+OUTPUT = Path(__file__).parent / "results" / "flow_tree.json"
 
 
-def tree(seed: int, kind: str) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-    """Policy (states, 3), mean reward of each answer (729,), true quantiles of every state (states, LEVELS)."""
-    generator = np.random.default_rng(seed)
-    policy = 0.1 + 0.7 * generator.dirichlet(np.ones(VOCABULARY), size=STATES)
+@dataclass(frozen=True)
+class Tree:
+    """All states of all depths below `depth`, breadth first, with what is known of them."""
+
+    kind: str  # "normal" or "flips"
+    depth: int
+    policy: np.ndarray  # (states, 3) probability of each token
+    answers: np.ndarray  # (3^depth,) mean reward
+    quantiles: torch.Tensor  # (states, LEVELS) of the true return
+
+    @property
+    def states(self) -> int:
+        return len(self.policy)
+
+
+def first_states(depth: int) -> list[int]:
+    """Index of the first state of each depth, 0 to depth + 1."""
+    return [(VOCABULARY**d - 1) // (VOCABULARY - 1) for d in range(depth + 2)]
+
+
+def random_tree(kind: str, depth: int, seed: int) -> Tree:
+    """A random policy and random answers, and by enumeration the exact return distribution of every state."""
+    generator, first = np.random.default_rng(seed), first_states(depth)
+    states, leaves = first[depth], VOCABULARY**depth
+    policy = 0.1 + 0.7 * generator.dirichlet(np.ones(VOCABULARY), size=states)
     values = [FLIP, 1 - FLIP] if kind == "flips" else [0.0, 0.5, 1.0]
-    answers = generator.choice(values, size=VOCABULARY**DEPTH)
-    reach = np.zeros((FIRST[DEPTH + 1], VOCABULARY**DEPTH))  # probability of each answer from each state
-    reach[STATES:] = np.eye(VOCABULARY**DEPTH)
-    for state in reversed(range(STATES)):
+    answers = generator.choice(values, size=leaves)
+    reach = np.zeros((first[depth + 1], leaves))  # probability of each answer from each state
+    reach[states:] = np.eye(leaves)
+    for state in reversed(range(states)):
         reach[state] = policy[state] @ reach[VOCABULARY * state + 1 : VOCABULARY * state + 1 + VOCABULARY]
     levels = (np.arange(LEVELS) + 0.5) / LEVELS
     if kind == "flips":
-        quantiles = (levels[None] > 1 - (reach[:STATES] @ answers)[:, None]).astype(float)
+        quantiles = (levels[None] > 1 - (reach[:states] @ answers)[:, None]).astype(float)
     else:
         grid = np.linspace(-0.6, 1.6, 2201)
-        weights = [(reach[:STATES] * (answers == value)).sum(1)[:, None] for value in values]
+        weights = [(reach[:states] * (answers == value)).sum(1)[:, None] for value in values]
         cdf = sum(weight * norm.cdf((grid - value) / SPREAD) for weight, value in zip(weights, values, strict=True))
         quantiles = np.stack([np.interp(levels, row, grid) for row in cdf])
-    return policy, answers, torch.tensor(quantiles, dtype=torch.float32)
+    return Tree(kind, depth, policy, answers, torch.tensor(quantiles, dtype=torch.float32))
 
 
-def continuations(copies: int, policy, answers, kind: str, generator: np.random.Generator):
-    """From every state to an answer, `copies` times: state indices, mask and token rewards, each (copies * states, DEPTH)."""
-    state = np.tile(np.arange(STATES), copies)
-    depth = np.searchsorted(FIRST, state, side="right") - 1
-    visited, mask = np.zeros((len(state), DEPTH), int), np.zeros((len(state), DEPTH), np.float32)
-    for step in range(DEPTH):
-        going = depth + step < DEPTH
+def continuations(tree: Tree, copies: int, generator: np.random.Generator) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """From every state to an answer, `copies` times: state indices, mask and token rewards, each (copies * states, depth)."""
+    state = np.tile(np.arange(tree.states), copies)
+    depth = np.searchsorted(first_states(tree.depth), state, side="right") - 1
+    visited, mask = np.zeros((len(state), tree.depth), int), np.zeros((len(state), tree.depth), np.float32)
+    for step in range(tree.depth):
+        going = depth + step < tree.depth
         visited[going, step], mask[going, step] = state[going], 1
-        chances = policy[np.where(going, state, 0)].cumsum(1)[:, :-1]
+        chances = tree.policy[np.where(going, state, 0)].cumsum(1)[:, :-1]
         token = (generator.uniform(size=(len(state), 1)) > chances).sum(1)
         state = np.where(going, VOCABULARY * state + 1 + token, state)
-    mean = answers[state - STATES]
-    noisy = generator.uniform(size=len(mean)) < mean if kind == "flips" else mean + SPREAD * generator.normal(size=len(mean))
+    mean, count = tree.answers[state - tree.states], len(state)
+    noisy = generator.uniform(size=count) < mean if tree.kind == "flips" else mean + SPREAD * generator.normal(size=count)
     rewards = np.zeros_like(mask)
-    rewards[np.arange(len(mean)), mask.sum(1).astype(int) - 1] = noisy
+    rewards[np.arange(count), mask.sum(1).astype(int) - 1] = noisy
     return visited, torch.tensor(mask), torch.tensor(rewards)
 
 
+def train(tree: Tree, steps: int, copies: int, rate: float, seed: int, **options) -> FlowCritic:
+    """A critic of one-hot states, trained by its own losses, cosine schedule."""
+    torch.manual_seed(seed)
+    generator, table = np.random.default_rng(seed), torch.eye(tree.states)
+    critic = FlowCritic(tree.states, FlowConfig(noise_levels=LEVELS, return_range=RANGE[tree.kind], **options))
+    optimizer = torch.optim.Adam(critic.head.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        visited, mask, rewards = continuations(tree, copies, generator)
+        hidden = table[visited]
+        loss = critic.loss(CriticBatch(hidden, hidden, rewards, mask, float(mask.sum()), mask[..., None])).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        critic.after_step()
+    return critic
+
+
+def judge(critic: FlowCritic, tree: Tree) -> dict[str, float]:
+    """Distances to the truth over all states, in shares of the range of the returns."""
+    span = float(tree.quantiles.quantile(0.999) - tree.quantiles.quantile(0.001))
+    table, found = torch.eye(tree.states)[None], {}
+    for solver in (1, 32):
+        distance = (critic.sample_returns(table, solver)[0] - tree.quantiles).abs().mean(1) / span
+        found |= {f"w1_{solver}_step": distance.mean().item(), f"w1_{solver}_step_worst": distance.max().item()}
+    error = (critic.value(table)[0] - tree.quantiles.mean(1)).abs() / span
+    rank = spearmanr(critic.uncertainty(table)[0].numpy(), tree.quantiles.std(1).numpy()).statistic
+    return found | {"value_error": error.mean().item(), "value_error_worst": error.max().item(), "rank_correlation": float(rank)}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--returns", choices=sorted(RANGE), default="normal")
-    parser.add_argument("--steps", type=int, default=7000)
-    parser.add_argument("--copies", type=int, default=4)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--returns", choices=sorted(RANGE), nargs="+", default=sorted(RANGE))
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--rate", type=float, default=1.5e-2)
-    parser.add_argument("--lam", type=float, nargs="+", default=[0.0, 0.5, 0.95, 1.0])
+    parser.add_argument("--loss-levels", type=int, default=32)
+    parser.add_argument("--jump-weight", type=float, default=30.0)
+    parser.add_argument("--lam", type=float, nargs="+", default=[0.95])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--compare", nargs="+", default=["lam"], metavar="OPTION VALUE", help="an option of the critic and its values")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
-    policy, answers, truth = tree(0, arguments.returns)
-    span, table = float(truth.quantile(0.999) - truth.quantile(0.001)), torch.eye(STATES)
-    for lam in arguments.lam:
-        torch.manual_seed(0)
-        generator, start = np.random.default_rng(0), time.process_time()
-        critic = FlowCritic(STATES, FlowConfig(lam=lam, loss_levels=4, noise_levels=LEVELS, return_range=RANGE[arguments.returns]))
-        optimizer = torch.optim.Adam(critic.head.parameters(), arguments.rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
-        for _ in range(arguments.steps):
-            visited, mask, rewards = continuations(arguments.copies, policy, answers, arguments.returns, generator)
-            hidden = table[visited]
-            loss = critic.loss(CriticBatch(hidden, hidden, rewards, mask, float(mask.sum()), mask[..., None])).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            critic.after_step()
-        report = []
-        for solver in (1, 32):
-            distance = (critic.sample_returns(table[None], solver)[0] - truth).abs().mean(1) / span
-            report.append(f"{solver}-step W1 mean {distance.mean():.4f} worst {distance.max():.4f}")
-        error = (critic.value(table[None])[0] - truth.mean(1)).abs() / span
-        rank = spearmanr(critic.uncertainty(table[None])[0].numpy(), truth.std(1).numpy()).statistic
-        cost = f"{arguments.steps} updates, {time.process_time() - start:.0f} CPU s"
-        means = f"|value error| mean {error.mean():.4f} worst {error.max():.4f}; rank {rank:.3f}"
-        print(f"{arguments.returns}, lambda {lam}, {cost}: {'; '.join(report)}; {means}", flush=True)
+    torch.set_num_threads(1)
+    name, values = arguments.compare[0], arguments.compare[1:] or arguments.lam
+    rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+    for kind in arguments.returns:
+        tree = random_tree(kind, arguments.depth, 0)
+        for value in values:
+            for seed in arguments.seeds:
+                options = {"lam": arguments.lam[0], "loss_levels": arguments.loss_levels, "jump_weight": arguments.jump_weight, name: value}
+                start = time.process_time()
+                critic = train(tree, arguments.steps, arguments.copies, arguments.rate, seed, **options)
+                row = {"returns": kind, "depth": arguments.depth, "updates": arguments.steps, "copies": arguments.copies, "seed": seed}
+                row |= options | {"rate": arguments.rate, "cpu_seconds": time.process_time() - start} | judge(critic, tree)
+                rows.append(row)
+                print({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
+                arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

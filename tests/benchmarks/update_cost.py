@@ -36,7 +36,7 @@ STILL = {
     "warmup_steps": 0,
     "critic_warmup_steps": 0,
 }
-SETTINGS = {"study": {"steps": 20}, "smollm2": {"steps": 3, "critic_layers": 0}}
+SETTINGS = {"study": {"steps": 20}, "smollm2": {"steps": 5, "critic_layers": 0}}
 
 
 def configuration(setting: str, algorithm: str, home: str) -> PipelineConfig:
