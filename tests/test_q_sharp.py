@@ -191,4 +191,4 @@ def test_conversations_are_refused(tmp_path):
     from dialogues import row
 
     with pytest.raises(UserError, match="train.algorithm: q_sharp answers in one turn"):
-        Trainer(tiny_config(tmp_path, {"algorithm": "q_sharp"}), "scratch:tiny", [row()])
+        Trainer(tiny_config(tmp_path, {"algorithm": "q_sharp"}, prompt={"max_prompt_tokens": 999}), "scratch:tiny", [row()])
