@@ -246,7 +246,8 @@ def run_cell(study: ComparisonConfig, cell: Cell, checkpoint: str) -> dict[str, 
     rows = [row for row in noisy.to_pylist() if row["label"] is not None or config.noise.missing == "zero"]
     trainer = Trainer(config, checkpoint, rows)
     curve, diverged = [{"step": 0, **accuracies_of(trainer, questions)}], ""
-    while trainer.algorithm.policy_loss_name and trainer.steps_done < config.train.steps:
+    trains = trainer.algorithm.policy_loss_name or trainer.algorithm.guided
+    while trains and trainer.steps_done < config.train.steps:
         try:
             trainer.history.append(trainer.step())
         except TrainingDiverged as error:
@@ -307,7 +308,7 @@ def _limit_threads(config: PipelineConfig) -> None:
 
 def accuracies_of(trainer, questions: list[dict[str, Any]]) -> dict[str, Any]:
     """`accuracies` of a trainer's policy."""
-    with trainer.policy.gathered() as policy:
+    with trainer.acting() as policy:
         return accuracies(policy, trainer.tokenizer, trainer.config, questions)
 
 

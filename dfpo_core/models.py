@@ -64,7 +64,8 @@ def packaged_file(package: str) -> Path:
 def load_policy(reference: str, home: Path):
     """(causal LM with fp32 weights in eval mode, tokenizer with left padding).
 
-    A GGUF file is converted once and cached under `home/models`. Raises UserError("model", ...).
+    A directory with a guide is a guided policy (`guided`). A GGUF file is converted once and cached under `home/models`. Raises
+    UserError("model", ...).
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,6 +84,10 @@ def load_policy(reference: str, home: Path):
             with quiet_transformers():
                 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation=_attention())
                 tokenizer = AutoTokenizer.from_pretrained(source)
+                if (Path(source) / "guide").is_dir():
+                    from dfpo_core.guided import with_guide
+
+                    model = with_guide(model, source)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0][:160]
             raise UserError("model", f"cannot load {reference!r} ({reason})", "check the name, the network and the files") from error

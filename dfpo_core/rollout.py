@@ -74,12 +74,13 @@ def common_prefix(prompt_ids: Tensor, prompt_mask: Tensor) -> int:
     return min(int(same.long().cumprod(0).sum()), shortest - 1)
 
 
-def _prefill(backbone, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, DynamicCache, Tensor]:
+def _prefill(backbone, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Any, Tensor]:
     """(hidden state of each prompt's last token (P, H), the cache, its attention mask (P, L)).
 
     What all prompts begin with (system prompt, template, few-shot examples) is computed once and its cache repeated.
     """
-    cache, position = DynamicCache(config=backbone.config), positions(prompt_mask)
+    cache = backbone.new_cache() if hasattr(backbone, "new_cache") else DynamicCache(config=backbone.config)
+    position = positions(prompt_mask)
     shared = common_prefix(prompt_ids, prompt_mask) if len(prompt_ids) > 1 else 0
     if shared:
         prefix = prompt_ids[:1, prompt_ids.shape[1] - int(prompt_mask[0].sum()) :][:, :shared]
@@ -143,11 +144,13 @@ def generate(
     eos_token_id: int,
     pad_token_id: int,
     generator: torch.Generator | None = None,
+    guided_tokens: Tensor | None = None,
 ) -> Generation:
     """Sample `samples_per_prompt` responses a prompt; temperature 0 is greedy. Finished sequences leave the batch.
 
-    The end is known from EOS being sampled, never from a pad id, so a tokenizer with pad == EOS works. Raises TrainingDiverged
-    where the logits are not finite.
+    The end is known from EOS being sampled, never from a pad id, so a tokenizer with pad == EOS works. With `guided_tokens` (B,) a guided
+    policy leaves the rest of each response, after that many tokens, to its reference. Raises TrainingDiverged where the logits are not
+    finite.
     """
     backbone, head = model.base_model, model.get_output_embeddings()
     batch = prompt_ids.shape[0] * samples_per_prompt
@@ -159,7 +162,10 @@ def generate(
     cache.batch_repeat_interleave(samples_per_prompt)
     alive = torch.arange(batch, device=device)
     for t in range(max_new_tokens):
-        step_log_probs = (head(hidden).float() / (temperature or 1.0)).log_softmax(-1)
+        logits = head(hidden).float()
+        if guided_tokens is not None:
+            logits = torch.where(t < guided_tokens[alive, None], logits, head.plain(hidden))
+        step_log_probs = (logits / (temperature or 1.0)).log_softmax(-1)
         if not torch.isfinite(step_log_probs.sum()):
             raise TrainingDiverged("the policy's logits are not finite")
         probabilities = step_log_probs.exp()
@@ -201,6 +207,7 @@ def converse(
     max_conversation_tokens: int,
     temperature: float,
     generator: torch.Generator | None = None,
+    guided_tokens: Tensor | None = None,
 ) -> tuple[Generation, list[str]]:
     """Responses to one row a prompt, and their texts. Those of a conversation go on while it does, within the limits.
 
@@ -209,7 +216,7 @@ def converse(
     """
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "generator": generator}
     sampling |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    first = generate(model, prompt_ids, prompt_mask, samples_per_prompt=samples_per_prompt, **sampling)
+    first = generate(model, prompt_ids, prompt_mask, samples_per_prompt=samples_per_prompt, guided_tokens=guided_tokens, **sampling)
     texts = decode(tokenizer, first.response_ids, first.mask)
     rows = [row for row in rows for _ in range(samples_per_prompt)]
     talks = {i: environments.start(row) for i, row in enumerate(rows) if environments.converses(row)}

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from dfpo_core.critic_model import CriticModel, save_critic
 from dfpo_core.data import prompts
 from dfpo_core.engines.pytorch import TorchEngine, learning_rate_factor
 from dfpo_core.errors import TrainingDiverged, UserError
+from dfpo_core.guided import GuidedPolicy
 from dfpo_core.models import directory_sha256, load_policy, save_policy
 from dfpo_core.policy_losses.ppo_clip import kl_estimate
 from dfpo_core.rewards import pool
@@ -58,6 +61,7 @@ class Trainer:
         limits = (self.settings.weight_decay, self.settings.max_grad_norm)
         self.policy = TorchEngine(policy.to(self.device), "policy", {"": self.settings.learning_rate}, *limits)
         self.critic = self._critic(*limits) if self.algorithm.critic_name else None
+        self.guided = self._guided() if self.algorithm.guided else None
         self.advantage = advantages.registry.get(self.algorithm.advantage_name)(self.algorithm.advantage_config)
         self.policy_loss, self.policy_loss_engine = self._policy_loss(*limits)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
@@ -67,10 +71,26 @@ class Trainer:
         pool.take_failures()  # the count of failed checks is this run's
 
     def _critic(self, *limits: float) -> TorchEngine:
-        head = critics.registry.get(self.algorithm.critic_name)(self.reference.config.hidden_size, self.algorithm.critic_config)
+        config, vocabulary = self.algorithm.critic_config, self.reference.get_output_embeddings().weight.shape[0]
+        if self.algorithm.guided:
+            config = config.model_copy(update={"vocabulary": vocabulary})
+        head = critics.registry.get(self.algorithm.critic_name)(self.reference.config.hidden_size, config)
         model = CriticModel(self.reference, head, self.settings.critic_layers).to(self.device)
         rates = {"backbone": self.settings.critic_learning_rate, "head": self.settings.critic_head_learning_rate}
         return TorchEngine(model, "critic", rates, *limits)
+
+    def _guided(self) -> GuidedPolicy:
+        """The reference with the critic as its guide: what samples, is evaluated and written. Raises UserError for conversations."""
+        if self.conversations:
+            problem = f"{self.algorithm.name} answers in one turn, the rows are conversations"
+            raise UserError("train.algorithm", problem, "use another algorithm")
+        return GuidedPolicy(self.reference, self.critic.module)
+
+    @contextmanager
+    def acting(self) -> Iterator[torch.nn.Module]:
+        """The policy as it stands, all its weights present."""
+        with self.policy.gathered() as policy:
+            yield self.guided or policy
 
     def _policy_loss(self, *limits: float):
         """(the loss or None, the engine of its own weights or None): only a loss that is a module has weights, FlowRL's log Z."""
@@ -101,7 +121,7 @@ class Trainer:
         updates: list[dict[str, float]] = []
         for prompts_chosen in self.minibatches():
             update = {}
-            if self.critic is None or self.steps_done >= self.settings.critic_warmup_steps:
+            if self.policy_loss and (self.critic is None or self.steps_done >= self.settings.critic_warmup_steps):
                 update |= self.update_policy(batch, advantage.advantages, prompts_chosen)
             if self.critic is not None:
                 update |= self.update_critic(batch, token_rewards, old_hidden, returns, prompts_chosen)
@@ -122,7 +142,8 @@ class Trainer:
         chosen = batch_indices(len(self.rows), s.prompts_per_step, self.steps_done, self.config.seed)
         ids, mask = rollout.pad_left([self.prompt_tokens[i] for i in chosen], self.tokenizer.pad_token_id)
         ids, mask = ids.to(self.device), mask.to(self.device)
-        with self.autocast(), self.policy.gathered() as policy:
+        guided_tokens = self.guided_tokens(len(chosen) * s.samples_per_prompt) if self.guided else None
+        with self.autocast(), self.acting() as policy:
             generation, texts = rollout.converse(
                 policy,
                 self.tokenizer,
@@ -135,6 +156,7 @@ class Trainer:
                 max_conversation_tokens=s.max_conversation_tokens,
                 temperature=s.temperature,
                 generator=self.generator,
+                guided_tokens=guided_tokens,
             )
         rows = [self.rows[i] for i in chosen for _ in range(s.samples_per_prompt)]
         ids_of = [row["row_id"] for row in rows]
@@ -152,12 +174,23 @@ class Trainer:
             clean_rewards=torch.tensor(rewards.score(rows, texts, "answer", self.config.rewards), dtype=torch.float32, device=self.device),
             row_ids=tuple(row["row_id"] for row in rows),
             samples_per_prompt=s.samples_per_prompt,
+            critic_mask=self.critic_mask(generation.mask, guided_tokens),
         )
         # The cached decode and the batched pass differ by rounding, so both sides of every ratio come from the batched pass.
         batch = replace(batch, reference_log_probs=self.score_tokens(self.reference, batch))
-        if s.epochs * s.minibatches > 1:
+        if s.epochs * s.minibatches > 1 and not self.guided:
             batch = replace(batch, log_probs=self.score_tokens(self.policy.module, batch))
         return batch, texts
+
+    def guided_tokens(self, count: int) -> Tensor:
+        """(count,) tokens of each response that the guided policy samples before the reference goes on: uniform, none and all included."""
+        return torch.randint(self.settings.max_new_tokens + 1, (count,), generator=self.generator, device=self.device)
+
+    def critic_mask(self, mask: Tensor, guided_tokens: Tensor | None) -> Tensor:
+        """(B, T) 1 on the tokens that the critic learns from: behind a switch only, as the critic is one of the reference's returns."""
+        if guided_tokens is None:
+            return mask
+        return mask * (torch.arange(mask.shape[1], device=self.device) >= guided_tokens[:, None])
 
     def judged(self, rows: list[dict], texts: list[str]) -> list[float]:
         """The reward against the label; 0 where there is no label (noise.missing: zero)."""
@@ -189,8 +222,8 @@ class Trainer:
         return reward
 
     def critic_hidden(self, batch: Rollout) -> Tensor | None:
-        """(B, T, H) hidden states of the critic before this step's updates, or None without a critic."""
-        if self.critic is None:
+        """(B, T, H) hidden states of the critic before this step's updates, or None without a critic that estimates returns."""
+        if self.critic is None or self.guided:
             return None
         with torch.no_grad(), self.autocast():
             return torch.cat([self.critic.module.hidden(part) for part in self.micro_batches(batch)])
@@ -239,18 +272,19 @@ class Trainer:
     def update_critic(self, batch: Rollout, token_rewards: Tensor, old_hidden: Tensor, returns: Tensor, chosen: Tensor) -> dict[str, float]:
         """One optimizer step of the critic on the prompts `chosen`; the targets use the rollout-time hidden states."""
         minibatch = batch.select(chosen)
-        per_row = [self.rows_of(t, chosen) for t in (token_rewards, old_hidden, returns)]
+        per_row = [None if t is None else self.rows_of(t, chosen) for t in (token_rewards, old_hidden, returns)]
+        token_count = max(1.0, float(minibatch.critic_mask.sum()))
         # One seed an update, so that the critic draws the same flow times for every micro-batch and their losses add up.
         seed = torch.randint(2**31, (1,), generator=self.generator, device=self.device).item()
         metrics: dict[str, float] = {}
         for part in chosen.new_tensor(range(len(chosen))).split(self.settings.micro_batch_prompts):
             micro = minibatch.select(part)
             levels = torch.Generator().manual_seed(seed)
-            micro_rewards, micro_hidden, micro_returns = (self.rows_of(t, part) for t in per_row)
+            micro_rewards, micro_hidden, micro_returns = (None if t is None else self.rows_of(t, part) for t in per_row)
             with self.autocast():
                 hidden = self.critic.module.hidden(micro)
             output = self.critic.module.head.loss(
-                CriticBatch(hidden, micro_hidden, micro_rewards, micro.mask, minibatch.token_count, micro_returns, levels)
+                CriticBatch(hidden, micro_hidden, micro_rewards, micro.critic_mask, token_count, micro_returns, levels, micro.response_ids)
             )
             self.critic.backward(output.loss)
             metrics = {key: metrics.get(key, 0.0) + value for key, value in output.metrics.items()}
@@ -273,8 +307,8 @@ class Trainer:
         return [batch.select(part) for part in every.split(self.settings.micro_batch_prompts)]
 
     def minibatches(self) -> list[Tensor]:
-        """Prompt indices of each optimizer step: a fresh permutation an epoch, cut into equal parts. None without a policy loss."""
-        if self.policy_loss is None:
+        """Prompt indices of each optimizer step: a fresh permutation an epoch, cut into equal parts. None where nothing is trained."""
+        if self.policy_loss is None and self.critic is None:
             return []
         s, parts = self.settings, []
         for _ in range(s.epochs):
@@ -433,9 +467,10 @@ def run(
         trainer = Trainer(config, sft_checkpoint, rows)
         step_run.log_params({"algorithm": trainer.algorithm.name, "checkpoint_uri": uri})
         loop(trainer, uri, identity_of(config, sft_checkpoint), step_run)
-        save_policy(trainer.policy.module, trainer.tokenizer, policy_output)
+        with trainer.acting() as policy:
+            save_policy(policy, trainer.tokenizer, policy_output)
         step_run.log_artifacts(policy_output, "policy")
-        if trainer.critic:
+        if trainer.critic and not trainer.guided:  # a guide is a part of the policy
             description = {"name": trainer.algorithm.critic_name, "config": trainer.algorithm.critic_config.model_dump(mode="json")}
             save_critic(trainer.critic.module, Path(critic_output), description)
             step_run.log_artifacts(critic_output, "critic")

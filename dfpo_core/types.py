@@ -31,6 +31,7 @@ class Rollout:
     clean_rewards: Tensor  # (B,) against the true answer, for logging only
     row_ids: tuple[str, ...]  # (B,) data rows
     samples_per_prompt: int
+    critic_mask: Tensor  # (B, T) float, 1 on tokens that the critic learns from: `mask`, or what a guided policy's reference sampled
 
     @property
     def token_count(self) -> float:
@@ -73,6 +74,7 @@ class CriticBatch:
     token_count: float  # valid tokens in the global minibatch that this is a part of
     old_returns: Tensor  # (B, T, K) the critic's samples at rollout time (for value clipping)
     generator: torch.Generator | None = None  # a CPU generator that draws the flow times
+    tokens: Tensor | None = None  # (B, T) int64, the sampled tokens, for critics of single tokens
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def test_any_critic_can_drive_the_dfpo_policy_loss(critic):
         ({"algorithm": "dfop"}, "train.algorithm", "dvpo, flowrl, grpo, ppo"),
         ({"critic": {"foo": 1}}, "train.critic.foo", "unknown option of flow"),
         ({"critic": {"lam": 2}}, "train.critic.lam", "less than or equal to 1"),
-        ({"critic": {"name": "flwo"}}, "train.critic.name", "flow, multi_quantile, quantile, scalar"),
+        ({"critic": {"name": "flwo"}}, "train.critic.name", "flow, multi_quantile, q_function, quantile, scalar"),
         ({"critic": {"name": 3}}, "train.critic.name", "not a name"),
         ({"critic": {"anchor_weight": 0, "bellman_weight": 0}}, "train.critic", "cannot both be 0"),
         ({"critic": {"return_range": [1, 0]}}, "train.critic", "increasing"),

@@ -14,7 +14,7 @@ from dfpo_core.config import Section, TrainConfig
 from dfpo_core.errors import UserError
 from dfpo_core.registry import Registry
 
-NAMES = "dfpo", "dr_grpo", "dvpo", "flowrl", "grpo", "ppo", "reinforce_pp", "reinforce_pp_baseline", "robust_ppo", "sft_only"
+NAMES = "dfpo", "dr_grpo", "dvpo", "flowrl", "grpo", "ppo", "q_sharp", "reinforce_pp", "reinforce_pp_baseline", "robust_ppo", "sft_only"
 
 registry = Registry("train.algorithm", "dfpo_core.algorithms", {name: name for name in NAMES})
 
@@ -31,6 +31,7 @@ class Algorithm:
     policy_loss_name: str | None
     policy_loss_config: Section | None
     citation: str
+    guided: bool = False  # the critic guides the policy: nothing else is trained
 
 
 def check_name(name: str) -> None:
@@ -47,7 +48,8 @@ def resolve(train: TrainConfig) -> Algorithm:
     advantage_name, advantage = _part("advantage", advantages.registry, recipe.advantage, recipe.advantage_options, train.advantage)
     loss_options = {**recipe.policy_loss_options, **_kl_options(train)}
     loss_name, loss = _part("policy_loss", policy_losses.registry, recipe.policy_loss, loss_options, train.policy_loss)
-    algorithm = Algorithm(train.algorithm, critic_name, critic, advantage_name, advantage, loss_name, loss, recipe.citation)
+    guided = critic_name is not None and getattr(critics.registry.get(critic_name), "guides", False)
+    algorithm = Algorithm(train.algorithm, critic_name, critic, advantage_name, advantage, loss_name, loss, recipe.citation, guided)
     _check_pair(algorithm, train)
     return algorithm
 
@@ -92,10 +94,12 @@ def _check_pair(algorithm: Algorithm, train: TrainConfig) -> None:
     """Refuse combinations that would train on nothing, or silently ignore an option."""
     if algorithm.advantage_name is None:
         raise UserError("train.advantage.name", "only the critic can be left out", "name an entry")
-    _check_policy_loss(algorithm, train)
     options = algorithm.advantage_config
     baseline = getattr(options, "critic_baseline", False) or getattr(options, "baseline", "") == "critic"
     needs_critic = algorithm.advantage_name == "gae" or baseline
+    if algorithm.guided:
+        return _check_guided(algorithm, train, needs_critic)
+    _check_policy_loss(algorithm, train)
     if needs_critic and algorithm.critic_name is None:
         reader = "a critic baseline" if baseline else f"the {algorithm.advantage_name} advantage"
         raise UserError("train.critic.name", f"{reader} needs a critic", "name a critic, or use the group advantage")
@@ -125,6 +129,18 @@ def _check_pair(algorithm: Algorithm, train: TrainConfig) -> None:
     discount = getattr(options, "discount", 1.0)  # the group advantage does not discount
     if needs_critic and algorithm.critic_config.discount != discount:
         raise UserError("train.advantage.discount", "differs from train.critic.discount", "use one discount in both")
+
+
+def _check_guided(algorithm: Algorithm, train: TrainConfig, needs_critic: bool) -> None:
+    """A critic that guides trains alone: no policy loss, no advantage that reads it, no KL but its own."""
+    name = algorithm.critic_name
+    if algorithm.policy_loss_name is not None:
+        raise UserError("train.policy_loss.name", f"{name} guides the policy, whose weights stay as they are", "use algorithm q_sharp")
+    if needs_critic:
+        problem = f"the advantage needs a value, and {name} knows only tokens"
+        raise UserError("train.advantage.name", problem, "use reinforce_pp: the advantage is only logged")
+    if train.kl_coefficient:
+        raise UserError("train.kl_coefficient", f"{name} weighs the KL itself", "set it to 0 and train.critic.eta instead")
 
 
 def _check_policy_loss(algorithm: Algorithm, train: TrainConfig) -> None:

@@ -1,0 +1,194 @@
+"""Q#: guidance and loss by hand, the guided policy against the enumerated optimum of a tree, generation, files, training, refusals."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from training import Untracked, rows_of_sums, tiny_config, write_rows
+
+from dfpo_core import algorithms, comparison, rollout
+from dfpo_core.config import TrainConfig
+from dfpo_core.critic_model import CriticModel
+from dfpo_core.critics.q_function import QFunction, QFunctionConfig
+from dfpo_core.errors import UserError
+from dfpo_core.guided import GuidedPolicy
+from dfpo_core.models import load_policy, save_policy
+from dfpo_core.train import Trainer, loop, run
+from dfpo_core.types import CriticBatch
+
+
+def q_function(hidden_size=8, **options):
+    torch.manual_seed(0)
+    return QFunction(hidden_size, QFunctionConfig(**{"vocabulary": 5, "width": 16, **options}))
+
+
+def test_guidance_is_the_scaled_log_of_the_mean_exponential():
+    """P(Z = 1) = 0.2 for token 3: ln(0.8 + 0.2 e^(1 / 0.5)); all other tokens are as likely to win as not."""
+    critic = q_function(eta=0.5)
+    with torch.no_grad():
+        critic.out.bias.view(5, 2)[3] = torch.tensor([math.log(0.8), math.log(0.2)])
+    guidance = critic.guidance(torch.randn(2, 8))
+    assert guidance[:, 3].tolist() == pytest.approx([math.log(0.8 + 0.2 * math.e**2)] * 2, rel=1e-5)
+    assert guidance[:, 0].tolist() == pytest.approx([math.log(0.5 + 0.5 * math.e**2)] * 2, rel=1e-5)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_reward_to_go_split_between_atoms():
+    """Atoms 0, 1/2, 1. Rewards 0.25, 0.5: to go 0.75 and 0.5, so token 0 counts 1/2 for 1/2 and 1/2 for 1, token 1 for 1/2 alone."""
+    critic = q_function(atoms=3)
+    log_probabilities = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.6, 0.3]]).log()
+    with torch.no_grad():
+        critic.out.bias.view(5, 3)[:2] = log_probabilities
+    rewards, mask = torch.tensor([[0.25, 0.5, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    rewards = rewards * mask
+    batch = CriticBatch(torch.randn(1, 3, 8), None, rewards, mask, 2.0, None, tokens=torch.tensor([[0, 1, 4]]))
+    expected = -(0.5 * math.log(0.3) + 0.5 * math.log(0.5) + math.log(0.6)) / 2
+    assert critic.loss(batch).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_guided_policy_converges_to_the_enumerated_optimum_of_a_tree():
+    """Two tokens of three, a fixed reference, rewards 0 or 1 with known chances: pi* by brute force over all nine responses."""
+    generator, eta = np.random.default_rng(0), 0.3
+    reference = generator.dirichlet(np.ones(3), size=4)  # of the root and of the state after each first token
+    chance = generator.uniform(size=(3, 3))
+    critic = q_function(hidden_size=4, vocabulary=3, eta=eta, width=32)
+    optimizer, states = torch.optim.Adam(critic.parameters(), 1e-2), torch.eye(4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 700)
+    for _ in range(700):
+        first = generator.choice(3, size=512, p=reference[0])
+        second = (generator.uniform(size=(512, 1)) > reference[1 + first].cumsum(1)[:, :2]).sum(1)
+        won = generator.uniform(size=512) < chance[first, second]
+        rewards = torch.tensor(np.stack([np.zeros(512), won], 1), dtype=torch.float32)
+        hidden = torch.stack([states[0].expand(512, 4), states[1 + first]], 1)
+        tokens = torch.tensor(np.stack([first, second], 1))
+        loss = critic.loss(CriticBatch(hidden, None, rewards, torch.ones(512, 2), 1024.0, None, tokens=tokens)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    # The best response distribution is pi_ref(y) E[exp(R / eta) | y] / normaliser; its first token and what follows are marginals of it.
+    weight = {
+        (a, b): reference[0, a] * reference[1 + a, b] * (1 + chance[a, b] * (math.exp(1 / eta) - 1))
+        for a, b in itertools.product(range(3), repeat=2)
+    }
+    total = sum(weight.values())
+    best_first = np.array([sum(weight[a, b] for b in range(3)) for a in range(3)]) / total
+    best_second = np.array([[weight[a, b] for b in range(3)] for a in range(3)]) / (best_first[:, None] * total)
+    guidance = critic.guidance(states).detach().numpy()
+    found = reference * np.exp(guidance)
+    found /= found.sum(1, keepdims=True)
+    assert found[0] == pytest.approx(best_first, abs=0.03)
+    assert found[1:] == pytest.approx(best_second, abs=0.03)
+
+
+@pytest.fixture
+def guided(tmp_path):
+    reference, tokenizer = load_policy("scratch:tiny", tmp_path)
+    config = QFunctionConfig(vocabulary=len(tokenizer))
+    torch.manual_seed(1)
+    return GuidedPolicy(reference, CriticModel(reference, QFunction(reference.config.hidden_size, config))), tokenizer
+
+
+def spoken(model, tokenizer, prompts, **options):
+    ids, mask = rollout.pad_left([tokenizer.encode(p, add_special_tokens=False) for p in prompts], tokenizer.pad_token_id)
+    settings = {"samples_per_prompt": 2, "max_new_tokens": 6, "temperature": 1.0, "generator": torch.Generator().manual_seed(3)} | options
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return rollout.generate(model, ids, mask, **settings, **ends)
+
+
+def test_an_untrained_guide_changes_nothing(guided):
+    model, tokenizer = guided
+    plain, found = (spoken(m, tokenizer, ["12+3=", "4=", "12+9="]) for m in (model.reference, model))
+    assert plain.response_ids.tolist() == found.response_ids.tolist()
+    torch.testing.assert_close(plain.log_probs, found.log_probs, atol=1e-4, rtol=1e-4)
+
+
+def favour(model, token):
+    with torch.no_grad():
+        model.critic.head.out.bias.view(-1, 2)[token] = torch.tensor([-20.0, 20.0])
+
+
+def test_a_guide_decides_up_to_the_switch_and_the_reference_behind_it(guided):
+    model, tokenizer = guided
+    favour(model, 7)
+    with torch.no_grad():
+        model.critic.head.out.bias.view(-1, 2)[:, 0] += 20 * (torch.arange(len(tokenizer)) != 7)
+    switch = torch.tensor([0, 2, 6, 6])
+    found = spoken(model, tokenizer, ["12+3=", "4="], temperature=0.0, guided_tokens=switch).response_ids
+    alone = spoken(model.reference, tokenizer, ["12+3=", "4="], temperature=0.0).response_ids
+    assert found[0].tolist() == alone[0].tolist()
+    assert found[1, :2].tolist() == [7, 7] and found[2].tolist() == [7] * 6
+
+
+def test_a_guided_policy_is_the_same_from_its_checkpoint(guided, tmp_path):
+    model, tokenizer = guided
+    favour(model, 9)
+    save_policy(model, tokenizer, tmp_path / "policy")
+    loaded, _ = load_policy(str(tmp_path / "policy"), tmp_path)
+    assert isinstance(loaded, GuidedPolicy)
+    first, second = (spoken(m, tokenizer, ["1+1="]) for m in (model, loaded))
+    assert first.response_ids.tolist() == second.response_ids.tolist()
+    torch.testing.assert_close(first.log_probs, second.log_probs)
+
+
+def test_training_teaches_the_guide_and_leaves_the_policy_alone(tmp_path):
+    config = tiny_config(tmp_path, {"algorithm": "q_sharp", "steps": 3, "critic_learning_rate": 1e-3})
+    trainer = Trainer(config, "scratch:tiny", rows_of_sums())
+    before = [p.clone() for p in trainer.policy.module.parameters()]
+    batch, _ = trainer.sample()
+    assert 0 < batch.critic_mask.sum() < batch.mask.sum()
+    loop(trainer, str(tmp_path / "state"), {}, Untracked())
+    assert len(trainer.history) == 3 and all(math.isfinite(m["critic/loss"]) for m in trainer.history)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.module.parameters(), strict=True))
+    assert trainer.critic.module.head.out.weight.abs().sum() > 0
+    assert trainer.last.returns is None
+
+
+def test_the_step_writes_the_guided_policy_and_no_critic(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, {"algorithm": "q_sharp", "steps": 1, "save_every": 1})
+    data = write_rows(tmp_path / "data", rows_of_sums())
+    reference, tokenizer = load_policy("scratch:tiny", tmp_path)
+    save_policy(reference, tokenizer, tmp_path / "sft")
+    run(config, "", "run-1", str(data), str(tmp_path / "sft"), str(tmp_path / "policy"), str(tmp_path / "critic"))
+    assert isinstance(load_policy(str(tmp_path / "policy"), tmp_path)[0], GuidedPolicy)
+    assert list((tmp_path / "critic").iterdir()) == []
+
+
+def test_a_cell_of_a_study_evaluates_the_guided_policy(tmp_path):
+    source = {"kind": "chains", "name": "maxima", "size": 64, "options": {"terms": 2, "digits": 1}}
+    train = {"steps": 2, "prompts_per_step": 8, "samples_per_prompt": 2, "max_new_tokens": 4, "epochs": 2, "save_every": 9}
+    study = comparison.parse(
+        {
+            "seeds": [1],
+            "base": {"home": str(tmp_path), "model": "scratch:tiny", "data": {"train": [source], "id_test_size": 16}, "train": train},
+            "settings": {"clean": {}},
+            "algorithms": {"q_sharp": {"train": {"critic_learning_rate": 1e-2, "critic_head_learning_rate": 1e-1}}},
+            "reference": "q_sharp",
+            "curve_every": 1,
+        }
+    )
+    record = comparison.run_cell(study, comparison.cells(study)[0], "scratch:tiny")
+    assert [point["step"] for point in record["curve"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("train", "field"),
+    [
+        ({"algorithm": "dfpo", "critic": {"name": "q_function"}}, "train.policy_loss.name"),
+        ({"algorithm": "q_sharp", "advantage": {"name": "gae"}}, "train.advantage.name"),
+        ({"algorithm": "q_sharp", "kl_coefficient": 0.1}, "train.kl_coefficient"),
+        ({"algorithm": "q_sharp", "critic": {"return_range": [1, 0]}}, "train.critic"),
+    ],
+)
+def test_what_a_guide_cannot_do_is_refused(train, field):
+    with pytest.raises(UserError) as error:
+        algorithms.resolve(TrainConfig(**train))
+    assert error.value.field == field
+
+
+def test_conversations_are_refused(tmp_path):
+    from dialogues import row
+
+    with pytest.raises(UserError, match="train.algorithm: q_sharp answers in one turn"):
+        Trainer(tiny_config(tmp_path, {"algorithm": "q_sharp"}, prompt={"max_prompt_tokens": 999}), "scratch:tiny", [row()])
