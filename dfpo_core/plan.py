@@ -262,6 +262,8 @@ def plan(config: PipelineConfig, model_config: str = "", gpus: int = 0, zero_sta
 
     shape, train = architecture_of(config, model_config), config.train
     algorithm = algorithms.resolve(train)
+    if algorithm.guided:
+        raise UserError("train.algorithm", f"{algorithm.name} decodes with two models, which is not counted", "choose another algorithm")
     if train.critic_layers > shape.num_hidden_layers:
         problem = f"{train.critic_layers} is above the policy's {shape.num_hidden_layers} layers"
         raise UserError("train.critic_layers", problem, f"use 0 to {shape.num_hidden_layers}")

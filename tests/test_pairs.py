@@ -34,7 +34,7 @@ def warm(tmp_path_factory) -> str:
     return str(home / "sft")
 
 
-@pytest.mark.parametrize(("critic", "advantage"), list(product(sorted(critics.NAMES), sorted(ADVANTAGES))))
+@pytest.mark.parametrize(("critic", "advantage"), list(product(sorted(critics.ESTIMATORS), sorted(ADVANTAGES))))
 def test_every_critic_drives_every_advantage_with_the_clipped_loss_for_three_steps(tmp_path, warm, critic, advantage):
     torch.set_num_threads(1)
     options = {"critic": {"name": critic}, "advantage": ADVANTAGES[advantage], "steps": 3, "critic_warmup_steps": 1}
@@ -49,7 +49,7 @@ def test_every_critic_drives_every_advantage_with_the_clipped_loss_for_three_ste
     assert any(not torch.equal(a, b) for a, b in zip(head, after, strict=True))
 
 
-@pytest.mark.parametrize("critic", sorted(critics.NAMES))
+@pytest.mark.parametrize("critic", sorted(critics.ESTIMATORS))
 def test_flowrl_takes_no_critic(critic):
     options = {"critic": {"name": critic}, "advantage": ADVANTAGES["group"]}
     with pytest.raises(UserError, match="log Z is its baseline"):

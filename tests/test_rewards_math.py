@@ -204,7 +204,7 @@ def test_math_verify_agrees_that_the_answers_of_math_are_equal_to_themselves():
     """Without the shortcut for equal spellings."""
     formulas = sorted({latex.without_units(latex.tidy(row["answer"])) for row in real_rows(900)})
     formulas = [formula for formula in formulas if formula and latex.plain(formula) is None and "\\text" not in formula]
-    values = pool.check_all("dfpo_core.rewards.symbolic:equal", [[formula, formula] for formula in formulas], pool.RewardsConfig())
+    values = pool.check_all("dfpo_core.rewards.symbolic:equal", [[formula, formula] for formula in formulas], PATIENT)
     assert len(formulas) > 120
     assert [formula for formula, value in zip(formulas, values, strict=True) if not value] == []
 

@@ -48,8 +48,9 @@ def resolve(train: TrainConfig) -> Algorithm:
     advantage_name, advantage = _part("advantage", advantages.registry, recipe.advantage, recipe.advantage_options, train.advantage)
     loss_options = {**recipe.policy_loss_options, **_kl_options(train)}
     loss_name, loss = _part("policy_loss", policy_losses.registry, recipe.policy_loss, loss_options, train.policy_loss)
-    guided = critic_name is not None and getattr(critics.registry.get(critic_name), "guides", False)
-    algorithm = Algorithm(train.algorithm, critic_name, critic, advantage_name, advantage, loss_name, loss, recipe.citation, guided)
+    algorithm = Algorithm(
+        train.algorithm, critic_name, critic, advantage_name, advantage, loss_name, loss, recipe.citation, critic_name in critics.GUIDES
+    )
     _check_pair(algorithm, train)
     return algorithm
 

@@ -6,7 +6,7 @@ Every critic is an `nn.Module` built as `Critic(hidden_size, config)` and used a
     uncertainty(hidden) -> (B, T)         spread of the return, no gradient
     loss(batch) -> LossOutput             normalised by the global token count: micro-batch losses and metrics add up
     after_step()                          call once after every optimizer step
-but for `q_function`, which guides a policy (`guides`) and has only the last two.
+but for those in GUIDES, which guide a policy and have only the last two.
 
 A flow critic on somebody else's hidden states (an episode of 5 tokens, reward 1 if its first feature is positive, 80 % of the time):
 
@@ -37,6 +37,8 @@ True
 
 from dfpo_core.registry import Registry
 
-NAMES = "ensemble", "flow", "multi_quantile", "q_function", "quantile", "scalar"
+ESTIMATORS = "ensemble", "flow", "multi_quantile", "quantile", "scalar"
+GUIDES = ("q_function",)
+NAMES = (*ESTIMATORS, *GUIDES)
 
 registry = Registry("train.critic.name", "dfpo_core.critics", {name: name for name in NAMES})

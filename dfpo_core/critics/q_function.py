@@ -40,7 +40,6 @@ class QFunction(nn.Module):
     """A categorical distribution over `atoms` values for every (state, token). It guides a policy and drives no advantage."""
 
     config_class = QFunctionConfig
-    guides = True
 
     def __init__(self, hidden_size: int, config: QFunctionConfig):
         super().__init__()
