@@ -250,6 +250,10 @@ def test_another_questions_answer_is_wrong_unless_it_is_the_same_value():
         ("42", r"4.2 \times 10^1", 0),
         ("1000", "10^3", 0),
         ("0", r"0 \times 10^5", 0),
+        ("(2,5)", r"\{2,5\}", 0),  # a set has no order
+        (r"\{2,5\}", "(2,5)", 0),
+        (r"\{2,5\}", r"\{5,2\}", 1),
+        (r"\{2,5\}", "5,2", 1),
     ],
 )
 def test_right_notations_that_are_not_the_wanted_one(wanted, given, expected):

@@ -92,6 +92,16 @@ def is_interval(text: str) -> bool:
     return bool(ends) and ((ends[1] + ends[4]) in ("[)", "(]") or "\\infty" in ends[2] + ends[3])
 
 
+def is_set(text: str) -> bool:
+    r"""Whether a tidied text is a set of single values, \{1, 3\}."""
+    return re.fullmatch(r"\\\{[^()\[\]{}]*\\\}", text.strip()) is not None
+
+
+def is_tuple(text: str) -> bool:
+    """Whether a tidied text is a point or an interval, (1, 3) or [1, 3)."""
+    return re.fullmatch(r"[\[(][^()\[\]]*,[^()\[\]]*[\])]", text.strip()) is not None
+
+
 def _is_below(sign: str) -> bool:
     return sign in ("<", "\\le", "\\leq", "\\lt", "\\leqslant")
 

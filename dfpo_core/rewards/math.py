@@ -84,6 +84,8 @@ def decide(wanted: str, response: str, question: str = "") -> float | tuple[str,
     copied = latex.spelling(given) in latex.spelling(latex.tidy(question))
     if not given or copied or not _is_worked_out(given, target.formula) or latex.different(target.formula, given):
         return 0.0
+    if latex.is_set(given) != latex.is_set(target.formula) and latex.is_tuple(given) != latex.is_tuple(target.formula):
+        return 0.0  # math-verify takes the set {2, 5} for the point (2, 5)
     return target.formula, given
 
 
