@@ -240,8 +240,8 @@ class LabelNoise:
             for reward in filter(self._needs_classes, ROW_REWARDS):
                 rows = np.flatnonzero(_equals(table["reward"], reward))
                 if len(rows):
-                    answers.setdefault(reward, []).append(_counted(table, rows, reward))
-        self.classes = {reward: _classes(pa.concat_tables(found), reward, self.seed) for reward, found in answers.items()}
+                    answers.setdefault(reward, []).append(_counted(table, rows, reward, self.seed))
+        self.classes = {reward: _classes(found) for reward, found in answers.items()}
         if self.maker == "permuted":
             chosen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
             for table in tables():
@@ -468,7 +468,8 @@ class _Classes:
     """
 
     group: np.ndarray  # (C,) group of each class
-    counts: np.ndarray  # (C,) rows in each class
+    first: np.ndarray  # (G + 1,) class that each group begins with, and C
+    before: np.ndarray  # (C + 1,) rows in all classes before each, and in all
     texts: pa.Array  # (C,) one spelling of each answer
     spellings: np.ndarray  # (S,) sorted keys of (group, spelling) pairs
     of_spelling: np.ndarray  # (S,) the class of each
@@ -478,39 +479,58 @@ class _Classes:
         part = table.select(["answer", "domain", "choice_labels"]).take(pa.array(rows))
         answers, groups = _array(part["answer"]).dictionary_encode(), _groups(part, reward).dictionary_encode()
         keys = _pair_keys(text_keys(groups.dictionary)[_codes(groups)], text_keys(answers.dictionary)[_codes(answers)])
-        return self.of_spelling[np.searchsorted(self.spellings, keys)]
+        return self.of_spelling[np.searchsorted(self.spellings, keys)].astype(np.int64)
 
 
-def _counted(table: pa.Table, rows: np.ndarray, reward: str) -> pa.Table:
-    """The different (group, answer) pairs of some rows and their counts."""
+def _counted(table: pa.Table, rows: np.ndarray, reward: str, seed: int) -> pa.Table:
+    """The different (group, answer) pairs of some rows and their counts, by their keys; equal `same` keys in a group are one answer."""
     part = table.select(["answer", "domain", "choice_labels"]).take(pa.array(rows))
     pairs = pa.table({"group": _groups(part, reward), "answer": _array(part["answer"])})
-    return pairs.group_by(["group", "answer"]).aggregate([([], "count_all")])
-
-
-def _classes(counted: pa.Table, reward: str, seed: int) -> _Classes:
-    """From the `_counted` pairs of all parts of a data set."""
-    pairs = counted.group_by(["group", "answer"]).aggregate([("count_all", "sum")])
+    pairs = pairs.group_by(["group", "answer"]).aggregate([([], "count_all")])
     spelling, groups = _array(pairs["answer"]), _array(pairs["group"]).dictionary_encode()
-    group_keys, spelling_keys = text_keys(groups.dictionary)[_codes(groups)], text_keys(spelling)
-    answer_keys = _mix(_mix(_same_answer_keys(spelling, reward) ^ np.uint64(seed)) ^ group_keys)
-    order = np.lexsort((spelling_keys, answer_keys, group_keys))
+    group = text_keys(groups.dictionary)[_codes(groups)]
+    same = _mix(_mix(_same_answer_keys(spelling, reward) ^ np.uint64(seed)) ^ group)
+    return pa.table({"group": group, "same": same, "spelling": text_keys(spelling), "rows": pairs["count_all"], "answer": spelling})
+
+
+def _classes(counted: list[pa.Table]) -> _Classes:
+    """From the `_counted` pairs of all parts of a data set, which are taken out of the list: of ten million answers there is no room for
+    a second copy."""
+    pairs = pa.concat_tables(counted)
+    counted.clear()
+    group, same, spelling, rows = (pairs[name].to_numpy() for name in ("group", "same", "spelling", "rows"))
+    answers = pairs["answer"]
+    del pairs
+    order = np.lexsort((spelling, same, group))
     starts = np.ones(len(order), dtype=bool)
-    starts[1:] = (answer_keys[order][1:] != answer_keys[order][:-1]) | (group_keys[order][1:] != group_keys[order][:-1])
-    class_of_pair = np.empty(len(order), dtype=np.int64)
-    class_of_pair[order] = np.cumsum(starts) - 1
-    group_start = np.ones(int(starts.sum()), dtype=bool)
-    group_start[1:] = np.diff(group_keys[order][starts].view(np.int64)) != 0
-    counts = np.bincount(class_of_pair, weights=_array(pairs["count_all_sum"]).to_numpy()).astype(np.int64)
-    keys = _pair_keys(group_keys, spelling_keys)
+    starts[1:] = _differs(group, order) | _differs(same, order)
+    class_of_pair = np.empty(len(order), dtype=np.int32)
+    class_of_pair[order] = np.cumsum(starts, dtype=np.int32) - 1
+    counts = np.bincount(class_of_pair, weights=rows)
+    del same, rows
+    chosen = order[starts]  # the first spelling of each class
+    del order, starts
+    new_group = np.ones(len(chosen), dtype=bool)
+    new_group[1:] = _differs(group, chosen)
+    keys = _pair_keys(group, spelling)
+    del group, spelling
     by_key = np.argsort(keys)
+    spellings, of_spelling = keys[by_key], class_of_pair[by_key]
+    del keys, by_key, class_of_pair
     return _Classes(
-        group=np.cumsum(group_start) - 1,
-        counts=counts,
-        texts=spelling.take(pa.array(order[starts])),
-        spellings=keys[by_key],
-        of_spelling=class_of_pair[by_key],
+        group=np.cumsum(new_group, dtype=np.int32) - 1,
+        first=np.append(np.flatnonzero(new_group), len(chosen)),
+        before=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        texts=_array(answers.take(pa.array(chosen))),
+        spellings=spellings,
+        of_spelling=of_spelling,
     )
+
+
+def _differs(keys: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """(N - 1,) whether each key, in that order, is another than the one before."""
+    keys = keys[order]
+    return keys[1:] != keys[:-1]
 
 
 def _pair_keys(group_keys: np.ndarray, answer_keys: np.ndarray) -> np.ndarray:
@@ -534,16 +554,14 @@ def _same_answer_keys(spelling: pa.Array, reward: str) -> np.ndarray:
 
 def _other_answer(classes: _Classes, own: np.ndarray, picks: np.ndarray, by_frequency: bool) -> pa.Array:
     """Another class of the row's group, drawn uniformly or by the number of its rows; the row's own class is cut out."""
-    weights = classes.counts if by_frequency else np.ones_like(classes.counts)
-    ends = np.cumsum(weights)
-    first = np.searchsorted(classes.group, classes.group, side="left")
-    last = np.searchsorted(classes.group, classes.group, side="right") - 1
-    group_start = ends[first] - weights[first]
-    group_total = ends[last] - group_start
-    others = group_total[own] - weights[own]
-    position = group_start[own] + (picks * others).astype(np.int64)
-    position += np.where(position >= ends[own] - weights[own], weights[own], 0)
-    target = np.searchsorted(ends, position, side="right")
+    group = classes.group[own]
+    first, last, here, after = classes.first[group], classes.first[group + 1], own, own + 1
+    if by_frequency:
+        first, last, here, after = (classes.before[places] for places in (first, last, here, after))
+    others = last - first - (after - here)
+    position = first + (picks * others).astype(np.int64)
+    position += np.where(position >= here, after - here, 0)
+    target = np.searchsorted(classes.before[1:], position, side="right") if by_frequency else position
     return classes.texts.take(pa.array(target, mask=others == 0))
 
 
@@ -552,7 +570,7 @@ def _permuted(classes: _Classes, own: np.ndarray, keys: np.ndarray) -> np.ndarra
     order = np.lexsort((keys, own))
     sorted_class = own[order]
     chosen = np.bincount(own, minlength=len(classes.group))
-    groups = classes.group[-1] + 1
+    groups = len(classes.first) - 1
     group_rows = np.bincount(classes.group, weights=chosen, minlength=groups).astype(np.int64)
     shift = np.zeros(groups, dtype=np.int64)
     np.maximum.at(shift, classes.group, chosen)
