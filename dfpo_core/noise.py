@@ -490,7 +490,9 @@ def _counted(table: pa.Table, rows: np.ndarray, reward: str, seed: int) -> pa.Ta
     spelling, groups = _array(pairs["answer"]), _array(pairs["group"]).dictionary_encode()
     group = text_keys(groups.dictionary)[_codes(groups)]
     same = _mix(_mix(_same_answer_keys(spelling, reward) ^ np.uint64(seed)) ^ group)
-    return pa.table({"group": group, "same": same, "spelling": text_keys(spelling), "rows": pairs["count_all"], "answer": spelling})
+    return pa.table(
+        {"group": group, "same": same, "spelling": text_keys(spelling), "rows": pairs["count_all"].cast("int32"), "answer": spelling}
+    )
 
 
 def _classes(counted: list[pa.Table]) -> _Classes:
@@ -504,12 +506,14 @@ def _classes(counted: list[pa.Table]) -> _Classes:
     order = np.lexsort((spelling, same, group))
     starts = np.ones(len(order), dtype=bool)
     starts[1:] = _differs(group, order) | _differs(same, order)
+    del same
     class_of_pair = np.empty(len(order), dtype=np.int32)
     class_of_pair[order] = np.cumsum(starts, dtype=np.int32) - 1
-    counts = np.bincount(class_of_pair, weights=rows)
-    del same, rows
-    chosen = order[starts]  # the first spelling of each class
-    del order, starts
+    chosen, rows = order[starts], rows[order]  # the first spelling of each class
+    del order
+    before = np.zeros(len(chosen) + 1, dtype=np.int64)
+    np.cumsum(np.add.reduceat(rows, np.flatnonzero(starts)), out=before[1:])
+    del starts, rows
     new_group = np.ones(len(chosen), dtype=bool)
     new_group[1:] = _differs(group, chosen)
     keys = _pair_keys(group, spelling)
@@ -520,7 +524,7 @@ def _classes(counted: list[pa.Table]) -> _Classes:
     return _Classes(
         group=np.cumsum(new_group, dtype=np.int32) - 1,
         first=np.append(np.flatnonzero(new_group), len(chosen)),
-        before=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        before=before,
         texts=_array(answers.take(pa.array(chosen))),
         spellings=spellings,
         of_spelling=of_spelling,
