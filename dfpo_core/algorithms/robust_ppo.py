@@ -5,7 +5,10 @@ from dfpo_core.algorithms import registry
 
 @registry.register("robust_ppo")
 class RobustPPO:
-    """Credit: GAE of V(s) = min over members of V_m(s); every member learns the lambda-return of y_t = r_t + gamma V(s_{t+1})."""
+    """Credit: GAE of V(s) = min over members of V_m(s); every member learns the lambda-return of y_t = r_t + gamma V(s_{t+1}).
+
+    The paper takes the worst case over transition models; the minimum over an ensemble of critics is this project's reading of it.
+    """
 
     critic, critic_options = "ensemble", {}
     advantage, advantage_options = "gae", {}
