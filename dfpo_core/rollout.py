@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -132,6 +133,21 @@ def token_log_probs(model, hidden: Tensor, response_ids: Tensor, temperature: fl
     return log_probs.gather(-1, response_ids[..., None])[..., 0], entropy
 
 
+def sampling_streams(seed: int, step: int, first: int, count: int) -> list[np.random.Generator]:
+    """The random numbers of `count` responses, the `first`-th of step `step` and those after it: one counter-based stream each.
+
+    What a response is sampled with depends on these three numbers alone: not on its batch, on the order, or on the process it is in.
+    """
+    return [np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, first + i])) for i in range(count)]
+
+
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """(B,) tokens of the distributions `probabilities` (B, V) by inversion: `uniform` (B,) float64 in [0, 1) is the share of mass below."""
+    below = probabilities.double().cumsum(-1)
+    token = torch.searchsorted(below, (uniform * below[:, -1])[:, None], right=True)[:, 0]
+    return token.clamp(max=probabilities.shape[-1] - 1)
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -143,10 +159,12 @@ def generate(
     temperature: float,
     eos_token_id: int,
     pad_token_id: int,
-    generator: torch.Generator | None = None,
+    streams: list[np.random.Generator] | None = None,
     guided_tokens: Tensor | None = None,
 ) -> Generation:
-    """Sample `samples_per_prompt` responses a prompt; temperature 0 is greedy. Finished sequences leave the batch.
+    """Sample `samples_per_prompt` responses a prompt, each with its own of `streams`; temperature 0 is greedy and takes none.
+
+    Finished sequences leave the batch.
 
     The end is known from EOS being sampled, never from a pad id, so a tokenizer with pad == EOS works. With `guided_tokens` (B,) a guided
     policy leaves the rest of each response, after that many tokens, to its reference. Raises TrainingDiverged where the logits are not
@@ -161,6 +179,9 @@ def generate(
     hidden, attention = (x.repeat_interleave(samples_per_prompt, 0) for x in (hidden, attention))
     cache.batch_repeat_interleave(samples_per_prompt)
     alive = torch.arange(batch, device=device)
+    sampled = temperature > 0
+    if sampled:
+        uniforms = torch.from_numpy(np.stack([stream.random(max_new_tokens) for stream in streams])).to(device)
     for t in range(max_new_tokens):
         logits = head(hidden).float()
         if guided_tokens is not None:
@@ -169,8 +190,7 @@ def generate(
         if not torch.isfinite(step_log_probs.sum()):
             raise TrainingDiverged("the policy's logits are not finite")
         probabilities = step_log_probs.exp()
-        sampled = temperature > 0
-        token = torch.multinomial(probabilities, 1, generator=generator)[:, 0] if sampled else step_log_probs.argmax(-1)
+        token = draw(probabilities, uniforms[alive, t]) if sampled else step_log_probs.argmax(-1)
         response_ids[alive, t], mask[alive, t] = token, 1.0
         log_probs[alive, t] = step_log_probs.gather(-1, token[:, None])[:, 0]
         entropy[alive, t] = -(probabilities * step_log_probs).sum(-1)
@@ -206,7 +226,7 @@ def converse(
     max_turns: int,
     max_conversation_tokens: int,
     temperature: float,
-    generator: torch.Generator | None = None,
+    streams: list[np.random.Generator] | None = None,
     guided_tokens: Tensor | None = None,
 ) -> tuple[Generation, list[str]]:
     """Responses to one row a prompt, and their texts. Those of a conversation go on while it does, within the limits.
@@ -214,9 +234,11 @@ def converse(
     A conversation's text is the policy's turns joined by environments.TURN. Other rows are answered as `generate` does, bit for bit.
     Every turn is a pass over what was said before it.
     """
-    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "generator": generator}
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     sampling |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    first = generate(model, prompt_ids, prompt_mask, samples_per_prompt=samples_per_prompt, guided_tokens=guided_tokens, **sampling)
+    first = generate(
+        model, prompt_ids, prompt_mask, samples_per_prompt=samples_per_prompt, streams=streams, guided_tokens=guided_tokens, **sampling
+    )
     texts = decode(tokenizer, first.response_ids, first.mask)
     rows = [row for row in rows for _ in range(samples_per_prompt)]
     talks = {i: environments.start(row) for i, row in enumerate(rows) if environments.converses(row)}
@@ -238,7 +260,8 @@ def converse(
         if not going:
             break
         ids, mask = pad_left([contexts[i] + [token for token, *_ in sequences[i]] for i in going], tokenizer.pad_token_id)
-        turn = generate(model, ids.to(prompt_ids.device), mask.to(prompt_ids.device), samples_per_prompt=1, **sampling)
+        own = streams and [streams[i] for i in going]
+        turn = generate(model, ids.to(prompt_ids.device), mask.to(prompt_ids.device), samples_per_prompt=1, streams=own, **sampling)
         for i, tokens, text in zip(going, _sampled(turn), decode(tokenizer, turn.response_ids, turn.mask), strict=True):
             sequences[i] += tokens
             turns[i].append(text.replace(environments.TURN, " "))
@@ -289,7 +312,6 @@ def respond(
     With the prompts' `rows`, those that are conversations are held to their end or to the limits, as `converse` does.
     """
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
     texts: list[list[str]] = [[] for _ in prompts]
     # Prompts of like length share a batch, so little is padded.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -308,7 +330,7 @@ def respond(
                 max_turns=max_turns,
                 max_conversation_tokens=max_conversation_tokens,
                 temperature=temperature,
-                generator=generator,
+                streams=[s for i in chosen for s in sampling_streams(seed, 0, i * samples, samples)],
             )
         for row, i in enumerate(chosen):
             texts[i] = decoded[row * samples : (row + 1) * samples]

@@ -45,7 +45,7 @@ class StepDetails:
 
 
 class Trainer:
-    """The state of one training run: policy, frozen reference, critic, their optimizers, the sampler's generator, the step."""
+    """The state of one training run: policy, frozen reference, critic, their optimizers, the generator of minibatches, the step."""
 
     def __init__(self, config: PipelineConfig, sft_checkpoint: str, rows: list[dict]):
         self.config, self.settings, self.rows = config, config.train, rows
@@ -155,7 +155,7 @@ class Trainer:
                 max_turns=s.max_turns,
                 max_conversation_tokens=s.max_conversation_tokens,
                 temperature=s.temperature,
-                generator=self.generator,
+                streams=rollout.sampling_streams(self.config.seed, self.steps_done, 0, len(chosen) * s.samples_per_prompt),
                 guided_tokens=guided_tokens,
             )
         rows = [self.rows[i] for i in chosen for _ in range(s.samples_per_prompt)]

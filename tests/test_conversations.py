@@ -35,8 +35,8 @@ def tiny(tmp_path_factory):
 def sample(tiny, rows, samples=2, seed=1, **limits):
     model, tokenizer = tiny
     ids, mask = rollout.pad_left(prompts.encode(tokenizer, rows, PROMPT), tokenizer.pad_token_id)
-    generator = torch.Generator().manual_seed(seed)
-    settings = LIMITS | {"samples_per_prompt": samples, "temperature": 1.0, "generator": generator} | limits
+    streams = rollout.sampling_streams(seed, 0, 0, len(rows) * samples)
+    settings = LIMITS | {"samples_per_prompt": samples, "temperature": 1.0, "streams": streams} | limits
     return (ids, mask, *rollout.converse(model, tokenizer, rows, ids, mask, **settings))
 
 
@@ -60,7 +60,7 @@ def test_questions_are_sampled_as_before_bit_for_bit(tiny):
         temperature=1.0,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        generator=torch.Generator().manual_seed(1),
+        streams=rollout.sampling_streams(1, 0, 0, 6),
     )
     for name in ("response_ids", "mask", "log_probs", "entropy"):
         assert torch.equal(getattr(generation, name), getattr(plain, name))

@@ -92,7 +92,8 @@ def guided(tmp_path):
 
 def spoken(model, tokenizer, prompts, **options):
     ids, mask = rollout.pad_left([tokenizer.encode(p, add_special_tokens=False) for p in prompts], tokenizer.pad_token_id)
-    settings = {"samples_per_prompt": 2, "max_new_tokens": 6, "temperature": 1.0, "generator": torch.Generator().manual_seed(3)} | options
+    settings = {"samples_per_prompt": 2, "max_new_tokens": 6, "temperature": 1.0} | options
+    settings["streams"] = rollout.sampling_streams(3, 0, 0, len(prompts) * settings["samples_per_prompt"])
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return rollout.generate(model, ids, mask, **settings, **ends)
 

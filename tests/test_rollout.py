@@ -37,7 +37,7 @@ def sample(tiny, ids, mask, temperature, samples_per_prompt, max_new_tokens=6):
         temperature=temperature,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        generator=torch.Generator().manual_seed(1),
+        streams=rollout.sampling_streams(1, 0, 0, len(ids) * samples_per_prompt),
     )
 
 
@@ -156,3 +156,41 @@ def test_sampling_follows_the_models_distribution(tiny):
     counts = torch.bincount(generation.response_ids[:, 0], minlength=len(tokenizer))
     deviation = (4000 * probabilities * (1 - probabilities)).sqrt().clamp(min=1.0)
     assert ((counts - 4000 * probabilities).abs() < 5 * deviation).all()
+
+
+# --- random numbers ---------------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    """Against the exact inverse: the tokens' shares of an even grid of uniforms are their probabilities, to one part of the grid."""
+    probabilities = torch.tensor([0.0, 0.125, 0.5, 0.0, 0.3, 0.075])
+    grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    tokens = rollout.draw(probabilities.expand(10_000, -1), grid)
+    assert torch.bincount(tokens, minlength=6).tolist() == pytest.approx([0, 1250, 5000, 0, 3000, 750], abs=1)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_no_token_of_probability_zero_is_drawn_at_either_end(uniform):
+    probabilities = torch.tensor([[0.0, 0.4, 0.6]])
+    assert probabilities[0, rollout.draw(probabilities, torch.tensor([uniform], dtype=torch.float64))[0]] > 0
+
+
+def test_streams_differ_by_seed_step_and_response_and_not_by_who_makes_them():
+    values = {
+        (seed, step, first + i): stream.random()
+        for seed in (0, 1)
+        for step in (0, 1)
+        for first in (0, 3)
+        for i, stream in enumerate(rollout.sampling_streams(seed, step, first, 3))
+    }
+    assert len(set(values.values())) == len(values) == 24
+    assert rollout.sampling_streams(1, 1, 4, 1)[0].random() == values[1, 1, 4]
+
+
+def test_a_sampled_response_does_not_depend_on_the_batch_it_is_in(tiny):
+    model, tokenizer = tiny
+    prompts = [tokenizer.encode(text) for text in ("12+3=", "a much longer prompt", "1", "zz z")]
+    settings = {"max_new_tokens": 8, "temperature": 1.0, "samples": 3, "seed": 5}
+    together = rollout.respond(model, tokenizer, prompts, batch_size=4, **settings)
+    assert together == rollout.respond(model, tokenizer, prompts, batch_size=1, **settings)
+    assert len({text for texts in together for text in texts}) > 6
