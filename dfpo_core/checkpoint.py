@@ -1,6 +1,7 @@
 """Resumable training state at a path or fsspec URL. A checkpoint is visible only when it is complete.
 
-Layout: `step-00000025/state.pt` and `latest.json`, which names the newest complete folder and is replaced last, in one move.
+Layout: `step-00000025/` with `state.pt` and a folder for each training engine, and `latest.json`, which names the newest complete
+folder and is replaced last, in one move.
 A process killed at any moment leaves the previous checkpoint in force.
 """
 
@@ -10,11 +11,18 @@ import io
 import json
 import os
 import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from dfpo_core import distributed, storage
 from dfpo_core.errors import UserError
-from dfpo_core.storage import disk_full_error
 
 POINTER = "latest.json"
 
@@ -47,32 +55,57 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def save(uri: str, step: int, state: dict[str, Any]) -> None:
-    """Write `state` as the newest checkpoint, then drop the older ones. Raises UserError when the disk is full."""
+def save(uri: str, step: int, state: dict[str, Any], engines: Mapping[str, Any] | None = None) -> None:
+    """Write `state` and every engine as the newest checkpoint, then drop the older ones. Every process of a run takes part.
+
+    Raises UserError when the disk is full.
+    """
     import torch
-    from fsspec.core import url_to_fs
 
     fs, root = url_to_fs(uri)
-    folder = f"step-{step:08d}"
+    folder = f"{root}/step-{step:08d}"
     try:
-        fs.makedirs(f"{root}/{folder}", exist_ok=True)
-        with fs.open(f"{root}/{folder}/state.pt", "wb") as file:
-            torch.save(state, file)
-            _flush(file)
-        with fs.open(f"{root}/{POINTER}.partial", "wb") as file:
-            file.write(json.dumps({"folder": folder, "step": step}).encode())
-            _flush(file)
-        fs.mv(f"{root}/{POINTER}.partial", f"{root}/{POINTER}")
-    except OSError as error:
-        if fs.exists(f"{root}/{folder}"):
-            fs.rm(f"{root}/{folder}", recursive=True)
-        # torch's zip writer wraps ENOSPC in an OSError without the error number.
-        if "No space left" in str(error):
-            raise disk_full_error(uri) from error
+        fs.makedirs(folder, exist_ok=True)
+        _save_engines(fs, folder, engines or {})
+        if distributed.rank() == 0:
+            with fs.open(f"{folder}/state.pt", "wb") as file:
+                torch.save(state, file)
+                _flush(file)
+        distributed.barrier()  # the pointer is moved when all shards are there
+        if distributed.rank() == 0:
+            with fs.open(f"{root}/{POINTER}.partial", "wb") as file:
+                file.write(json.dumps({"folder": Path(folder).name, "step": step}).encode())
+                _flush(file)
+            fs.mv(f"{root}/{POINTER}.partial", f"{root}/{POINTER}")
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer wraps ENOSPC in an error without the error number.
+        full = "No space left" in str(error) or getattr(error, "errno", None) in storage.NO_SPACE
+        if fs.exists(folder):
+            fs.rm(folder, recursive=True)
+        if full:
+            raise storage.disk_full_error(uri) from error
         raise
-    for path in fs.glob(f"{root}/step-*"):
-        if Path(path).name != folder:
-            fs.rm(path, recursive=True)
+    if distributed.rank() == 0:
+        for path in fs.glob(f"{root}/step-*"):
+            if Path(path).name != Path(folder).name:
+                fs.rm(path, recursive=True)
+
+
+def _save_engines(fs, folder: str, engines: Mapping[str, Any]) -> None:
+    """Each engine into a folder of its name; each process uploads what it wrote."""
+    if isinstance(fs, LocalFileSystem):
+        for name, engine in engines.items():
+            engine.save(Path(folder, name))
+        storage.synchronise(Path(folder))
+        return
+    with tempfile.TemporaryDirectory() as local:
+        for name, engine in engines.items():
+            engine.save(Path(local, name))
+        for path in (path for path in Path(local).rglob("*") if path.is_file()):
+            target = f"{folder}/{path.relative_to(local).as_posix()}"
+            fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            with path.open("rb") as source, fs.open(target, "wb") as file:
+                shutil.copyfileobj(source, file)
 
 
 def _flush(file) -> None:
@@ -86,26 +119,62 @@ def _flush(file) -> None:
 
 def remove(uri: str) -> None:
     """Delete every checkpoint at `uri`."""
-    from fsspec.core import url_to_fs
-
     fs, root = url_to_fs(uri)
     fs.rm(root, recursive=True)
 
 
 def load(uri: str) -> dict[str, Any] | None:
-    """The newest complete checkpoint, or None where there is none. Raises UserError for one that cannot be read."""
-    import pickle
-
+    """The state of the newest complete checkpoint, or None where there is none. Raises UserError for one that cannot be read."""
     import torch
-    from fsspec.core import url_to_fs
 
+    fs, folder = _newest(uri)
+    if folder is None:
+        return None
+    with _readable(uri), fs.open(f"{folder}/state.pt", "rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def load_engines(uri: str, engines: Mapping[str, Any]) -> None:
+    """Bring every engine to the state of the newest complete checkpoint. Every process of a run takes part. Raises UserError."""
+    fs, folder = _newest(uri)
+    with _readable(uri):
+        if isinstance(fs, LocalFileSystem):
+            for name, engine in engines.items():
+                engine.load(Path(folder, name))
+            return
+        # The processes of a node share one download; torchrun is the parent of all of them.
+        local = Path(tempfile.gettempdir(), f"dfpo-checkpoint-{os.getppid() if distributed.world() > 1 else os.getpid()}")
+        try:
+            if distributed.local_rank() == 0:
+                for path in fs.find(folder):
+                    target = local / path.split(f"{folder}/", 1)[1]
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with fs.open(path, "rb") as source, target.open("wb") as file:
+                        shutil.copyfileobj(source, file)
+            distributed.barrier()
+            for name, engine in engines.items():
+                engine.load(local / name)
+            distributed.barrier()
+        finally:
+            if distributed.local_rank() == 0:
+                shutil.rmtree(local, ignore_errors=True)
+
+
+def _newest(uri: str) -> tuple[Any, str | None]:
+    """(file system, folder of the newest complete checkpoint or None)."""
     fs, root = url_to_fs(uri)
     if not fs.exists(f"{root}/{POINTER}"):
-        return None
+        return fs, None
+    with _readable(uri):
+        return fs, f"{root}/{json.loads(fs.cat_file(f'{root}/{POINTER}'))['folder']}"
+
+
+@contextmanager
+def _readable(uri: str) -> Iterator[None]:
+    import pickle
+
     try:
-        folder = json.loads(fs.cat_file(f"{root}/{POINTER}"))["folder"]
-        with fs.open(f"{root}/{folder}/state.pt", "rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         problem = f"the checkpoint at {uri} cannot be read ({type(error).__name__})"
         raise UserError("train.checkpoint_uri", problem, "remove it or name another place") from error

@@ -214,6 +214,13 @@ class RewardsConfig(Section):
     workers: int = Field(0, ge=0, description="processes; 0 starts one a core")
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters of the policy's linear layers (Hu et al. 2021, arXiv 2106.09685); the checkpoint has them merged."""
+
+    rank: int = Field(0, ge=0, description="rank of the adapters; 0 trains all weights")
+    alpha: float = Field(32.0, gt=0, description="scale of the adapters, divided by their rank")
+
+
 class TrainConfig(Section):
     """RL post-training: rollouts, critic, advantage and policy loss."""
 
@@ -247,6 +254,11 @@ class TrainConfig(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="per-token KL estimator (Schulman 2020)")
     reward: dict[str, Any] = Field({}, description="reward that trains, name and options; empty: each row's own, as in evaluation")
     reward_noise: RewardNoiseConfig = Field(RewardNoiseConfig(), description="noise on the reward itself")
+    engine: Literal["torch", "deepspeed"] = Field("torch", description="torch: all of a model in every process; deepspeed: ZeRO")
+    zero_stage: int = Field(2, ge=0, le=3, description="what DeepSpeed shards: 1 optimizer state, 2 gradients too, 3 weights too")
+    processes: int = Field(0, ge=0, description="processes that share a step's prompts; 0: one a GPU, or one without GPUs")
+    gradient_checkpointing: bool = Field(False, description="keep a layer's input only, and compute the rest again in the backward pass")
+    lora: LoRAConfig = Field(LoRAConfig(), description="low-rank adapters instead of all weights of the policy")
     save_every: int = Field(25, ge=1, description="steps between resumable checkpoints")
     checkpoint_uri: str = Field(
         "", description="fsspec URL or path of the resumable state, {run} standing for the pipeline run; empty: {home}/checkpoints/{run}"
@@ -257,6 +269,15 @@ class TrainConfig(Section):
         if self.prompts_per_step % self.minibatches:
             raise ValueError("prompts_per_step must be a multiple of minibatches")
         return self
+
+    @property
+    def full_passes(self) -> bool:
+        """Whether models run over every sequence in full, instead of once over what sequences begin with in common.
+
+        With ZeRO-3 the processes must make the same calls, whatever their prompts have in common. With ZeRO-2 (DeepSpeed 0.19.8) the
+        gradients of layers that are called twice before a backward pass come out 0.1 % off.
+        """
+        return self.gradient_checkpointing or self.engine == "deepspeed" and self.zero_stage >= 2
 
 
 class EvaluateConfig(Section):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dfpo_core.errors import UserError
-from dfpo_core.rollout import response_hidden
 from dfpo_core.storage import atomic_directory
-from dfpo_core.types import Rollout
 
 
 class CriticModel(nn.Module):
@@ -26,11 +24,6 @@ class CriticModel(nn.Module):
         self.head = head
         self.backbone.requires_grad_(True)
         self.backbone.get_input_embeddings().requires_grad_(False)
-
-    def hidden(self, rollout: Rollout) -> Tensor:
-        """(B, T, H) fp32 hidden states at the positions that predict each response token."""
-        parts = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.attention_mask)
-        return response_hidden(self.backbone, *parts, rollout.samples_per_prompt).float()
 
 
 def truncated_backbone(backbone: nn.Module, layers: int) -> nn.Module:

@@ -123,9 +123,12 @@ def load_tokenizer(reference: str, home: Path):
 
 
 def save_policy(model, tokenizer, directory: str | Path) -> None:
-    """Write an HF-format checkpoint; the directory appears only when it is complete."""
+    """Write an HF-format checkpoint, adapters merged; the directory appears only when it is complete."""
+    from dfpo_core import lora
+
+    state = {"state_dict": lora.merged_state(model)} if hasattr(model, "peft_config") else {}
     with atomic_directory(Path(directory)) as partial, quiet_transformers():
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, **state)
         tokenizer.save_pretrained(partial)
 
 

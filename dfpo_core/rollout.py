@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dfpo_core import environments
 from dfpo_core.data.prompts import reply_tokens
@@ -35,13 +36,19 @@ class Generation:
     entropy: Tensor  # of the sampling distribution, nats
 
 
-def autocast(precision: str, hidden_size: int, device: torch.device | str = "cpu"):
-    """bf16 autocast where it pays: `auto` means a GPU with bf16, or a CPU with bf16 matrix units and a model wide enough to use them."""
-    device_type = torch.device(device).type
+def uses_bf16(precision: str, hidden_size: int, device: torch.device | str = "cpu") -> bool:
+    """Whether products are in bf16: `auto` means a GPU with bf16, or a CPU with bf16 matrix units and a model wide enough to use them."""
+    if precision != "auto":
+        return precision == "bf16"
     # On a CPU below a width of about 256 the casts cost more than the narrower products save.
-    pays = torch.cuda.is_bf16_supported() if device_type == "cuda" else hidden_size >= 256 and torch.cpu._is_avx512_bf16_supported()
-    wanted = pays if precision == "auto" else precision == "bf16"
-    return torch.autocast(device_type, dtype=torch.bfloat16) if wanted else nullcontext()
+    on_gpu = torch.device(device).type == "cuda"
+    return torch.cuda.is_bf16_supported() if on_gpu else hidden_size >= 256 and torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(precision: str, hidden_size: int, device: torch.device | str = "cpu"):
+    """bf16 autocast where `uses_bf16` says so."""
+    wanted = uses_bf16(precision, hidden_size, device)
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16) if wanted else nullcontext()
 
 
 def pad_left(sequences: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -123,6 +130,52 @@ def response_hidden(
         use_cache=True,
     ).last_hidden_state
     return torch.cat([first, rest], 1)
+
+
+def full_response_hidden(
+    backbone, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, attention_mask: Tensor, samples_per_prompt: int
+) -> Tensor:
+    """As `response_hidden`, by one pass over every sequence in full: with gradient checkpointing, where a cache would keep what is to be
+    dropped, and with sharded weights, whose processes must make the same calls whatever their prompts have in common."""
+    ids = torch.cat([prompt_ids.repeat_interleave(samples_per_prompt, 0), response_ids[:, :-1]], 1)
+    attention = torch.cat([prompt_mask.repeat_interleave(samples_per_prompt, 0), attention_mask[:, :-1].long()], 1)
+    # transformers checkpoints layers in training mode only.
+    layers = [m for m in backbone.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    for layer in layers:
+        layer.training = torch.is_grad_enabled()
+    output = backbone(input_ids=ids, attention_mask=attention, position_ids=positions(attention), use_cache=False)
+    for layer in layers:
+        layer.training = False
+    return output.last_hidden_state[:, prompt_ids.shape[1] - 1 :]
+
+
+class ResponseHidden(nn.Module):
+    """Hidden states of given responses as a module's forward pass, which is what a training engine wraps.
+
+    `full`: by `full_response_hidden`.
+    """
+
+    def __init__(self, backbone: nn.Module, full: bool = False):
+        super().__init__()
+        self.backbone, self.hidden = backbone, full_response_hidden if full else response_hidden
+
+    def forward(self, *sequences) -> Tensor:
+        """Rollout.sequences -> (B, T, H) fp32."""
+        return self.hidden(self.backbone, *sequences).float()
+
+
+class ResponseTokens(nn.Module):
+    """A causal language model's view of given responses, as a module's forward pass."""
+
+    def __init__(self, model: nn.Module, temperature: float = 1.0, full: bool = False):
+        super().__init__()
+        self.model, self.temperature, self.hidden = model, temperature, full_response_hidden if full else response_hidden
+
+    def forward(self, *sequences) -> tuple[Tensor, Tensor, Tensor]:
+        """Rollout.sequences -> (log-probabilities (B, T), entropies (B, T), hidden state after the prompt (B, H))."""
+        hidden = self.hidden(self.model.base_model, *sequences)
+        response_ids = sequences[2]
+        return *token_log_probs(self.model, hidden, response_ids, self.temperature), hidden[:, 0]
 
 
 def token_log_probs(model, hidden: Tensor, response_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ def train(
     prompt_tokens = prompts.encode(tokenizer, rows, config.prompt)
     target_tokens, learned = targets(tokenizer, rows)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    engine = TorchEngine(model.to(device), "sft", {"": settings.learning_rate}, settings.weight_decay, settings.max_grad_norm)
+    engine = TorchEngine(model.to(device), "sft", settings.learning_rate, settings.weight_decay, settings.max_grad_norm)
     for step in tqdm(range(settings.steps), desc="sft", disable=None):
         started = time.perf_counter()
         chosen = batch_indices(len(rows), settings.batch_size, step, config.seed)

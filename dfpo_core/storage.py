@@ -31,7 +31,7 @@ def atomic_directory(directory: str | Path) -> Iterator[Path]:
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
         yield partial
-        _synchronise(partial)
+        synchronise(partial)
         partial.chmod(0o777 & ~_umask())
         _replace(partial, directory)
     except OSError as error:
@@ -48,7 +48,8 @@ def atomic_directory(directory: str | Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _synchronise(folder: Path) -> None:
+def synchronise(folder: Path) -> None:
+    """Wait until every file under `folder` is on the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

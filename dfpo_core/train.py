@@ -16,7 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfpo_core import advantages, algorithms, checkpoint, critics, environments, figures, noise, policy_losses, rewards, rollout, tracking
+from dfpo_core import (
+    advantages,
+    algorithms,
+    checkpoint,
+    critics,
+    distributed,
+    engines,
+    environments,
+    figures,
+    lora,
+    noise,
+    policy_losses,
+    rewards,
+    rollout,
+    tracking,
+)
 from dfpo_core.config import PipelineConfig
 from dfpo_core.critic_model import CriticModel, save_critic
 from dfpo_core.data import prompts
@@ -52,55 +67,93 @@ class Trainer:
         self.row_of = {row["row_id"]: row for row in rows}
         self.conversations = any(map(environments.converses, rows))
         self.algorithm = algorithms.resolve(self.settings)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._check_shares()
+        self.device = distributed.device()
         torch.manual_seed(config.seed)
-        policy, self.tokenizer = load_policy(sft_checkpoint, config.home_path)
+        self.policy, self.tokenizer = self._policy(sft_checkpoint)
         reference, _ = load_policy(sft_checkpoint, config.home_path)
         self.reference = reference.to(self.device).requires_grad_(False)
         self.prompt_tokens = prompts.encode(self.tokenizer, rows, config.prompt)
-        limits = (self.settings.weight_decay, self.settings.max_grad_norm)
-        self.policy = TorchEngine(policy.to(self.device), "policy", {"": self.settings.learning_rate}, *limits)
-        self.critic = self._critic(*limits) if self.algorithm.critic_name else None
+        self.critic = self.critic_backbone = self.critic_head = None
+        if self.algorithm.critic_name:
+            self._add_critic()
         self.guided = self._guided() if self.algorithm.guided else None
+        self.reference_tokens = self._reference_tokens()
         self.advantage = advantages.registry.get(self.algorithm.advantage_name)(self.algorithm.advantage_config)
-        self.policy_loss, self.policy_loss_engine = self._policy_loss(*limits)
+        self.policy_loss, self.policy_loss_engine = self._policy_loss()
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.reward = rewards.create(self.settings.reward, config.rewards)
         self.steps_done = 0
         self.history: list[dict[str, float]] = []
         pool.take_failures()  # the count of failed checks is this run's
 
-    def _critic(self, *limits: float) -> TorchEngine:
-        config, vocabulary = self.algorithm.critic_config, self.reference.get_output_embeddings().weight.shape[0]
+    def _check_shares(self) -> None:
+        """Raise UserError where the processes cannot have equal shares of every minibatch, or the engine does not know the algorithm."""
+        s, world = self.settings, distributed.world()
+        if s.prompts_per_step % (s.minibatches * world):
+            problem = f"{s.prompts_per_step} prompts in {s.minibatches} minibatches do not divide among {world} processes"
+            raise UserError("train.prompts_per_step", problem, f"use a multiple of {s.minibatches * world}")
+        if self.algorithm.guided and s.engine != "torch":
+            raise UserError("train.engine", f"{self.algorithm.name} samples with two models at once", "use torch")
+
+    def _engine(self, module: torch.nn.Module, name: str, learning_rate: float):
+        """A training engine around a module of the policy's size."""
+        return engines.create(self.settings, module.to(self.device), name, learning_rate, self.bf16())
+
+    def _policy(self, sft_checkpoint: str):
+        """(engine of the policy, tokenizer)."""
+        policy, tokenizer = load_policy(sft_checkpoint, self.config.home_path)
+        if self.settings.lora.rank:
+            lora.add(policy, self.settings.lora)
+        if self.settings.gradient_checkpointing:
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
+        self.hidden_size = policy.config.hidden_size
+        tokens = rollout.ResponseTokens(policy, self.settings.temperature, self.settings.full_passes)
+        return self._engine(tokens, "policy", self.settings.learning_rate), tokenizer
+
+    def _add_critic(self) -> None:
+        """The critic, and the engines of its parts: the head is small and whole in every process, whatever shards the backbone."""
+        config, vocabulary, s = self.algorithm.critic_config, self.reference.get_output_embeddings().weight.shape[0], self.settings
         if self.algorithm.guided:
             config = config.model_copy(update={"vocabulary": vocabulary})
-        head = critics.registry.get(self.algorithm.critic_name)(self.reference.config.hidden_size, config)
-        model = CriticModel(self.reference, head, self.settings.critic_layers).to(self.device)
-        rates = {"backbone": self.settings.critic_learning_rate, "head": self.settings.critic_head_learning_rate}
-        return TorchEngine(model, "critic", rates, *limits)
+        head = critics.registry.get(self.algorithm.critic_name)(self.hidden_size, config)
+        self.critic = CriticModel(self.reference, head, s.critic_layers).to(self.device)
+        if s.gradient_checkpointing:
+            self.critic.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self.critic_backbone = self._engine(rollout.ResponseHidden(self.critic.backbone, s.full_passes), "critic", s.critic_learning_rate)
+        self.critic_head = TorchEngine(head, "critic head", s.critic_head_learning_rate, s.weight_decay, s.max_grad_norm)
+
+    def _reference_tokens(self) -> torch.nn.Module:
+        """The frozen reference as it scores responses."""
+        module = rollout.ResponseTokens(self.reference, self.settings.temperature, self.settings.full_passes)
+        if self.settings.engine == "torch":
+            return module
+        from dfpo_core.engines.deepspeed import sharded
+
+        return sharded(module, self.settings.zero_stage, self.bf16())
 
     def _guided(self) -> GuidedPolicy:
         """The reference with the critic as its guide: what samples, is evaluated and written. Raises UserError for conversations."""
         if self.conversations:
             problem = f"{self.algorithm.name} answers in one turn, the rows are conversations"
             raise UserError("train.algorithm", problem, "use another algorithm")
-        return GuidedPolicy(self.reference, self.critic.module)
+        return GuidedPolicy(self.reference, self.critic)
 
     @contextmanager
     def acting(self) -> Iterator[torch.nn.Module]:
         """The policy as it stands, all its weights present."""
-        with self.policy.gathered() as policy:
-            yield self.guided or policy
+        with self.policy.gathered() as tokens:
+            yield self.guided or tokens.model
 
-    def _policy_loss(self, *limits: float):
+    def _policy_loss(self):
         """(the loss or None, the engine of its own weights or None): only a loss that is a module has weights, FlowRL's log Z."""
         if self.algorithm.policy_loss_name is None:
             return None, None
         entry, config = policy_losses.registry.get(self.algorithm.policy_loss_name), self.algorithm.policy_loss_config
         if not issubclass(entry, torch.nn.Module):
             return entry(config), None
-        loss = entry(config, self.reference.config.hidden_size).to(self.device)
-        return loss, TorchEngine(loss, "policy loss", {"": loss.learning_rate}, *limits)
+        loss = entry(config, self.hidden_size).to(self.device)
+        return loss, TorchEngine(loss, "policy loss", loss.learning_rate, self.settings.weight_decay, self.settings.max_grad_norm)
 
     # --- one training step ---------------------------------------------------------------------------------------------------
 
@@ -109,41 +162,46 @@ class Trainer:
         started = time.perf_counter()
         batch, texts = self.sample()
         generated = time.perf_counter()
-        token_rewards = self.token_rewards(batch)
-        metrics = self.rollout_metrics(batch) | self.conversation_metrics(batch, texts)
+        everyone = batch.everywhere()
+        token_rewards = self.token_rewards(everyone)
+        metrics = self.rollout_metrics(everyone) | self.conversation_metrics(everyone, distributed.gather_list(texts))
         old_hidden = self.critic_hidden(batch)
-        returns, values = self.estimate(old_hidden)
+        own_returns, own_values = self.estimate(old_hidden)
+        returns, values = (None if t is None else distributed.gather_rows(t) for t in (own_returns, own_values))
         if values is not None:
-            metrics |= value_metrics(token_rewards, returns, values, batch.mask)
+            metrics |= value_metrics(token_rewards, returns, values, everyone.mask)
         advantage = self.advantage(
-            AdvantageInputs(token_rewards, batch.rewards, batch.mask, self.settings.samples_per_prompt, returns, values)
+            AdvantageInputs(token_rewards, everyone.rewards, everyone.mask, self.settings.samples_per_prompt, returns, values)
         )
+        # From here on everything is this process's share of the batch again.
+        token_rewards, advantages = (distributed.own_rows(t, batch.mask) for t in (token_rewards, advantage.advantages))
         updates: list[dict[str, float]] = []
         for prompts_chosen in self.minibatches():
             update = {}
             if self.policy_loss and (self.critic is None or self.steps_done >= self.settings.critic_warmup_steps):
-                update |= self.update_policy(batch, advantage.advantages, prompts_chosen)
+                update |= self.update_policy(batch, advantages, prompts_chosen)
             if self.critic is not None:
-                update |= self.update_critic(batch, token_rewards, old_hidden, returns, prompts_chosen)
+                update |= self.update_critic(batch, token_rewards, old_hidden, own_returns, prompts_chosen)
             updates.append(update)
         seconds = time.perf_counter() - started
         metrics |= advantage.metrics
         if updates:
             metrics |= {key: sum(u[key] for u in updates) / len(updates) for key in updates[0]}
-        metrics["rollout/tokens_per_second"] = batch.token_count / (generated - started)
+        metrics["rollout/tokens_per_second"] = everyone.token_count / (generated - started)
         metrics["train/step_seconds"] = seconds
         self.steps_done += 1
-        self.last = self.details(batch, texts, token_rewards, returns, values, advantage.advantages, old_hidden)
+        self.last = self.details(batch, texts, token_rewards, own_returns, own_values, advantages, old_hidden)
         return metrics
 
     def sample(self) -> tuple[Rollout, list[str]]:
-        """Responses to the step's prompts with both rewards, and their texts."""
-        s = self.settings
-        chosen = batch_indices(len(self.rows), s.prompts_per_step, self.steps_done, self.config.seed)
+        """Responses to this process's share of the step's prompts with both rewards, and their texts."""
+        s, share = self.settings, distributed.share(self.settings.prompts_per_step)
+        chosen = batch_indices(len(self.rows), s.prompts_per_step, self.steps_done, self.config.seed)[share]
         ids, mask = rollout.pad_left([self.prompt_tokens[i] for i in chosen], self.tokenizer.pad_token_id)
         ids, mask = ids.to(self.device), mask.to(self.device)
-        guided_tokens = self.guided_tokens(len(chosen) * s.samples_per_prompt) if self.guided else None
-        with self.autocast(), self.acting() as policy:
+        guided_tokens = self.guided_tokens() if self.guided else None
+        first = share.start * s.samples_per_prompt
+        with self.autocast(), self.acting() as policy, distributed.together(TrainingDiverged):
             generation, texts = rollout.converse(
                 policy,
                 self.tokenizer,
@@ -155,7 +213,7 @@ class Trainer:
                 max_turns=s.max_turns,
                 max_conversation_tokens=s.max_conversation_tokens,
                 temperature=s.temperature,
-                streams=rollout.sampling_streams(self.config.seed, self.steps_done, 0, len(chosen) * s.samples_per_prompt),
+                streams=rollout.sampling_streams(self.config.seed, self.steps_done, first, len(chosen) * s.samples_per_prompt),
                 guided_tokens=guided_tokens,
             )
         rows = [self.rows[i] for i in chosen for _ in range(s.samples_per_prompt)]
@@ -177,14 +235,16 @@ class Trainer:
             critic_mask=self.critic_mask(generation.mask, guided_tokens),
         )
         # The cached decode and the batched pass differ by rounding, so both sides of every ratio come from the batched pass.
-        batch = replace(batch, reference_log_probs=self.score_tokens(self.reference, batch))
+        batch = replace(batch, reference_log_probs=self.score_tokens(self.reference_tokens, batch))
         if s.epochs * s.minibatches > 1 and not self.guided:
-            batch = replace(batch, log_probs=self.score_tokens(self.policy.module, batch))
+            batch = replace(batch, log_probs=self.score_tokens(self.policy, batch))
         return batch, texts
 
-    def guided_tokens(self, count: int) -> Tensor:
-        """(count,) tokens of each response that the guided policy samples before the reference goes on: uniform, none and all included."""
-        return torch.randint(self.settings.max_new_tokens + 1, (count,), generator=self.generator, device=self.device)
+    def guided_tokens(self) -> Tensor:
+        """(B,) tokens of each response that the guided policy samples before the reference goes on: uniform, none and all included."""
+        count = self.settings.prompts_per_step * self.settings.samples_per_prompt
+        drawn = torch.randint(self.settings.max_new_tokens + 1, (count,), generator=self.generator, device=self.device)
+        return drawn[distributed.share(count)]
 
     def critic_mask(self, mask: Tensor, guided_tokens: Tensor | None) -> Tensor:
         """(B, T) 1 on the tokens that the critic learns from: behind a switch only, as the critic is one of the reference's returns."""
@@ -202,16 +262,10 @@ class Trainer:
         return result
 
     @torch.no_grad()
-    def score_tokens(self, model, batch: Rollout) -> Tensor:
-        """(B, T) log-probabilities of the sampled tokens under `model`."""
-        return torch.cat([self.log_probs(model, part)[0] for part in self.micro_batches(batch)])
-
-    def log_probs(self, model, batch: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-        """(log-probabilities (B, T), entropies (B, T), hidden state after the prompt (B, H)), with gradient."""
-        parts = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.attention_mask)
+    def score_tokens(self, tokens, batch: Rollout) -> Tensor:
+        """(B, T) log-probabilities of the sampled tokens under a model that reads them, a ResponseTokens or its engine."""
         with self.autocast():
-            hidden = rollout.response_hidden(model.base_model, *parts, batch.samples_per_prompt)
-            return *rollout.token_log_probs(model, hidden, batch.response_ids, self.settings.temperature), hidden[:, 0]
+            return torch.cat([tokens(*part.sequences)[0] for part in self.micro_batches(batch)])
 
     def token_rewards(self, batch: Rollout) -> Tensor:
         """r_t = -beta KL_t + 1[t = T] R, (B, T); the sequence reward sits on the last valid token."""
@@ -226,23 +280,25 @@ class Trainer:
         if self.critic is None or self.guided:
             return None
         with torch.no_grad(), self.autocast():
-            return torch.cat([self.critic.module.hidden(part) for part in self.micro_batches(batch)])
+            return torch.cat([self.critic_backbone(*part.sequences) for part in self.micro_batches(batch)])
 
     @torch.no_grad()
     def estimate(self, hidden: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """(return samples (B, T, K), values (B, T)) of the rollout-time critic."""
         if hidden is None:
             return None, None
-        return self.critic.module.head.sample_returns(hidden), self.critic.module.head.value(hidden)
+        return self.critic.head.sample_returns(hidden), self.critic.head.value(hidden)
 
     def update_policy(self, batch: Rollout, advantage: Tensor, chosen: Tensor) -> dict[str, float]:
         """One optimizer step of the policy on the prompts `chosen`."""
         minibatch, advantage = batch.select(chosen), self.rows_of(advantage, chosen)
         single = self.settings.epochs * self.settings.minibatches == 1
+        token_count = distributed.total(minibatch.token_count)
         metrics: dict[str, float] = {}
-        for part in chosen.new_tensor(range(len(chosen))).split(self.settings.micro_batch_prompts):
+        for part, last in self.parts(chosen):
             micro = minibatch.select(part)
-            log_probs, entropy, prompt_hidden = self.log_probs(self.policy.module, micro)
+            with self.autocast():
+                log_probs, entropy, prompt_hidden = self.policy(*micro.sequences)
             output = self.policy_loss(
                 PolicyLossInputs(
                     log_probs=log_probs,
@@ -253,16 +309,16 @@ class Trainer:
                     advantages=self.rows_of(advantage, part),
                     mask=micro.mask,
                     rewards=micro.rewards,
-                    token_count=minibatch.token_count,
-                    sequence_count=len(minibatch.row_ids),
+                    token_count=token_count,
+                    sequence_count=len(minibatch.row_ids) * distributed.world(),
                     samples_per_prompt=self.settings.samples_per_prompt,
                     max_new_tokens=self.settings.max_new_tokens * (self.settings.max_turns if self.conversations else 1),
                     prompt_hidden=prompt_hidden,
                 )
             )
-            self.policy.backward(output.loss)
+            self.policy.backward(output.loss, last)
             metrics = {key: metrics.get(key, 0.0) + value for key, value in output.metrics.items()}
-        s = self.settings
+        s, metrics = self.settings, distributed.totals(metrics)
         factor = learning_rate_factor(self.steps_done, s.steps, s.warmup_steps, s.schedule)
         metrics |= {"policy/gradient_norm": self.policy.step(factor), "policy/learning_rate": s.learning_rate * factor}
         if self.policy_loss_engine:
@@ -273,29 +329,37 @@ class Trainer:
         """One optimizer step of the critic on the prompts `chosen`; the targets use the rollout-time hidden states."""
         minibatch = batch.select(chosen)
         per_row = [None if t is None else self.rows_of(t, chosen) for t in (token_rewards, old_hidden, returns)]
-        token_count = max(1.0, float(minibatch.critic_mask.sum()))
+        token_count = max(1.0, distributed.total(float(minibatch.critic_mask.sum())))
         # One seed an update, so that the critic draws the same flow times for every micro-batch and their losses add up.
         seed = torch.randint(2**31, (1,), generator=self.generator, device=self.device).item()
         metrics: dict[str, float] = {}
-        for part in chosen.new_tensor(range(len(chosen))).split(self.settings.micro_batch_prompts):
+        for part, last in self.parts(chosen):
             micro = minibatch.select(part)
             levels = torch.Generator().manual_seed(seed)
             micro_rewards, micro_hidden, micro_returns = (None if t is None else self.rows_of(t, part) for t in per_row)
             with self.autocast():
-                hidden = self.critic.module.hidden(micro)
-            output = self.critic.module.head.loss(
+                hidden = self.critic_backbone(*micro.sequences)
+            output = self.critic.head.loss(
                 CriticBatch(hidden, micro_hidden, micro_rewards, micro.critic_mask, token_count, micro_returns, levels, micro.response_ids)
             )
-            self.critic.backward(output.loss)
+            self.critic_backbone.backward(output.loss, last)  # through the head, whose gradients it adds to
             metrics = {key: metrics.get(key, 0.0) + value for key, value in output.metrics.items()}
-        norm = self.critic.step()
-        self.critic.module.head.after_step()
-        return metrics | {"critic/gradient_norm": norm}
+        norms = {"critic/gradient_norm": self.critic_backbone.step(), "critic/head_gradient_norm": self.critic_head.step()}
+        self.critic.head.after_step()
+        return distributed.totals(metrics) | norms
 
     # --- pieces of a step ----------------------------------------------------------------------------------------------------
 
     def autocast(self):
-        return rollout.autocast(self.config.precision, self.reference.config.hidden_size, self.device)
+        return rollout.autocast(self.config.precision, self.hidden_size, self.device)
+
+    def bf16(self) -> bool:
+        return rollout.uses_bf16(self.config.precision, self.hidden_size, self.device)
+
+    def parts(self, chosen: Tensor) -> list[tuple[Tensor, bool]]:
+        """Micro-batches of a minibatch, as positions in it, and which is the last."""
+        split = chosen.new_tensor(range(len(chosen))).split(self.settings.micro_batch_prompts)
+        return [(part, i + 1 == len(split)) for i, part in enumerate(split)]
 
     def rows_of(self, tensor: Tensor, prompts_chosen: Tensor) -> Tensor:
         """The rows of a (B, ...) tensor that belong to the given prompts."""
@@ -307,13 +371,18 @@ class Trainer:
         return [batch.select(part) for part in every.split(self.settings.micro_batch_prompts)]
 
     def minibatches(self) -> list[Tensor]:
-        """Prompt indices of each optimizer step: a fresh permutation an epoch, cut into equal parts. None where nothing is trained."""
+        """Indices of this process's prompts in each optimizer step: a fresh permutation an epoch, cut into equal parts.
+
+        None where nothing is trained.
+        """
         if self.policy_loss is None and self.critic is None:
             return []
         s, parts = self.settings, []
+        share = distributed.share(s.prompts_per_step)
         for _ in range(s.epochs):
             order = torch.randperm(s.prompts_per_step, generator=self.generator, device=self.device)
-            parts.extend(order.chunk(s.minibatches))
+            own = order[(order >= share.start) & (order < share.stop)] - share.start
+            parts.extend(own.chunk(s.minibatches))
         return parts
 
     def rollout_metrics(self, batch: Rollout) -> dict[str, float]:
@@ -346,7 +415,7 @@ class Trainer:
     def details(self, batch, texts, token_rewards, returns, values, advantage, hidden) -> StepDetails:
         """What the tables and figures of this step need."""
         shown = hidden is not None and self.is_saved(self.steps_done)
-        uncertainty = self.critic.module.head.uncertainty(hidden) if shown else None
+        uncertainty = self.critic.head.uncertainty(hidden) if shown else None
         realised = returns_to_go(token_rewards)
         return StepDetails(self.steps_done, batch, texts, advantage, realised, returns, values, uncertainty)
 
@@ -377,14 +446,22 @@ class Trainer:
 
     # --- resuming ------------------------------------------------------------------------------------------------------------
 
+    def engines(self) -> dict[str, Any]:
+        """Every training engine, by the folder of its checkpoint."""
+        named = {
+            "policy": self.policy,
+            "critic": self.critic_backbone,
+            "critic_head": self.critic_head,
+            "policy_loss": self.policy_loss_engine,
+        }
+        return {name: engine for name, engine in named.items() if engine}
+
     def state(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """What a resumed run needs beside the engines."""
         return {
             "identity": identity,
             "step": self.steps_done,
             "next_row": self.steps_done * self.settings.prompts_per_step,
-            "policy": self.policy.state_dict(),
-            "critic": self.critic.state_dict() if self.critic else None,
-            "policy_loss": self.policy_loss_engine.state_dict() if self.policy_loss_engine else None,
             "advantage": self.advantage.state_dict() if hasattr(self.advantage, "state_dict") else {},
             "generator": self.generator.get_state(),
             "rng": checkpoint.rng_state(),
@@ -397,11 +474,7 @@ class Trainer:
             if state["identity"].get(key) != value:
                 message = f"the checkpoint at {uri} was made with another {key}"
                 raise UserError("train.checkpoint_uri", message, "name another place, or remove that checkpoint")
-        self.policy.load_state_dict(state["policy"])
-        if self.critic:
-            self.critic.load_state_dict(state["critic"])
-        if self.policy_loss_engine:
-            self.policy_loss_engine.load_state_dict(state["policy_loss"])
+        checkpoint.load_engines(uri, self.engines())
         if state["advantage"]:
             self.advantage.load_state_dict(state["advantage"])
         self.generator.set_state(state["generator"])
@@ -472,7 +545,7 @@ def run(
         step_run.log_artifacts(policy_output, "policy")
         if trainer.critic and not trainer.guided:  # a guide is a part of the policy
             description = {"name": trainer.algorithm.critic_name, "config": trainer.algorithm.critic_config.model_dump(mode="json")}
-            save_critic(trainer.critic.module, Path(critic_output), description)
+            save_critic(trainer.critic, Path(critic_output), description)
             step_run.log_artifacts(critic_output, "critic")
         else:
             Path(critic_output).mkdir(parents=True, exist_ok=True)
@@ -501,7 +574,7 @@ def loop(trainer: Trainer, uri: str, identity: dict[str, Any], step_run) -> None
                 metrics = trainer.step()
             except TrainingDiverged as error:
                 where = f"{uri}/diverged"
-                checkpoint.save(where, trainer.steps_done, trainer.state(identity))
+                checkpoint.save(where, trainer.steps_done, trainer.state(identity), trainer.engines())
                 raise TrainingDiverged(
                     f"training stopped at step {trainer.steps_done + 1}: {error}; what it had is saved at {where}; "
                     "lower train.learning_rate or train.critic_learning_rate"
@@ -511,7 +584,7 @@ def loop(trainer: Trainer, uri: str, identity: dict[str, Any], step_run) -> None
             bar.set_postfix(reward=f"{metrics['reward/noisy']:.2f}", clean=f"{metrics['reward/clean']:.2f}", refresh=False)
             bar.update()
             if trainer.is_saved(trainer.steps_done):
-                checkpoint.save(uri, trainer.steps_done, trainer.state(identity))
+                checkpoint.save(uri, trainer.steps_done, trainer.state(identity), trainer.engines())
                 log_details(trainer, step_run)
     step_run.log_figure("learning_curves.png", figures.learning_curves(trainer.history))
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from dfpo_core import distributed
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -38,6 +40,11 @@ class Rollout:
         """Number of valid response tokens in the batch."""
         return float(self.mask.sum())
 
+    @property
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """What a model reads: prompts, responses, their masks, and how many responses share a prompt."""
+        return self.prompt_ids, self.prompt_mask, self.response_ids, self.attention_mask, self.samples_per_prompt
+
     def select(self, prompts: Tensor) -> Rollout:
         """The sub-batch of the given prompt indices, with all their responses."""
         n = self.samples_per_prompt
@@ -50,6 +57,14 @@ class Rollout:
             row_ids=tuple(self.row_ids[i] for i in rows.tolist()),
             **picked,
         )
+
+    def everywhere(self) -> Rollout:
+        """The rollouts of all processes, one after the other; this very one where there is one process only."""
+        if distributed.world() == 1:
+            return self
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        gathered = {name: distributed.gather_rows(tensor, left=name.startswith("prompt_")) for name, tensor in tensors.items()}
+        return replace(self, row_ids=tuple(distributed.gather_list(list(self.row_ids))), **gathered)
 
 
 _NOT_PER_RESPONSE = {"prompt_ids", "prompt_mask", "row_ids", "samples_per_prompt"}

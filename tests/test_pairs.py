@@ -40,12 +40,12 @@ def test_every_critic_drives_every_advantage_with_the_clipped_loss_for_three_ste
     options = {"critic": {"name": critic}, "advantage": ADVANTAGES[advantage], "steps": 3, "critic_warmup_steps": 1}
     trainer = train.Trainer(tiny_config(tmp_path, options), warm, rows_of_sums())
     policy = [p.clone() for p in trainer.policy.parameters]
-    head = [p.clone() for p in trainer.critic.module.head.parameters() if p.requires_grad]
+    head = [p.clone() for p in trainer.critic.head.parameters() if p.requires_grad]
     for _ in range(3):
         metrics = trainer.step()
         assert all(math.isfinite(value) for value in metrics.values())
     assert any(not torch.equal(a, b) for a, b in zip(policy, trainer.policy.parameters, strict=True))
-    after = (p for p in trainer.critic.module.head.parameters() if p.requires_grad)
+    after = (p for p in trainer.critic.head.parameters() if p.requires_grad)
     assert any(not torch.equal(a, b) for a, b in zip(head, after, strict=True))
 
 

@@ -64,7 +64,7 @@ def attempts(tmp_path_factory):
 def test_the_first_pod_dies_and_leaves_its_state_under_the_name_of_the_run(attempts):
     first, _, _, _, kept = attempts
     assert first.returncode == -signal.SIGKILL, first.stderr
-    assert sorted(kept) == [f"{RUN}/latest.json", f"{RUN}/step-00000002/state.pt"]
+    assert sorted(kept) == [f"{RUN}/latest.json", f"{RUN}/step-00000002/policy/engine.pt", f"{RUN}/step-00000002/state.pt"]
 
 
 def test_the_second_pod_resumes_by_itself_and_has_the_whole_curve(attempts):

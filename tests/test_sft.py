@@ -82,7 +82,7 @@ def test_the_cosine_schedule_is_at_half_height_half_way():
 def test_a_loss_that_is_not_finite_stops_before_it_touches_a_weight():
     layer = torch.nn.Linear(2, 1)
     before = layer.weight.clone()
-    engine = TorchEngine(layer, "policy", {"": 0.1})
+    engine = TorchEngine(layer, "policy", 0.1)
     with pytest.raises(TrainingDiverged, match="policy loss is nan"):
         engine.backward(layer(torch.tensor([[float("nan"), 1.0]])).sum())
     layer.weight.grad = torch.tensor([[float("inf"), 0.0]])
@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_touches_a_weight():
 
 def test_gradients_are_clipped_to_the_norm_asked_for():
     layer = torch.nn.Linear(1, 1, bias=False)
-    engine = TorchEngine(layer, "policy", {"": 0.1}, max_grad_norm=0.5)
+    engine = TorchEngine(layer, "policy", 0.1, max_grad_norm=0.5)
     engine.backward((layer(torch.tensor([[3.0]])) * 2).sum())
     assert engine.step() == pytest.approx(6.0)
 

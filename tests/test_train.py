@@ -18,6 +18,7 @@ import torch
 from dfpo_core import algorithms, checkpoint, sft, train
 from dfpo_core.errors import TrainingDiverged, UserError
 from dfpo_core.models import load_policy, save_policy
+from dfpo_core.rollout import ResponseHidden
 from tests.training import Untracked, rows_of_sums, tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +96,7 @@ def test_three_steps_of_every_algorithm_move_the_weights_that_they_should(tmp_pa
     trainer = trainer_of(tmp_path, warm, algorithm=algorithm, minibatches=2, prompts_per_step=16, learning_rate=1e-3)
     parts = {"policy": trainer.policy.module, "reference": trainer.reference}
     if trainer.critic:
-        parts |= {"critic backbone": trainer.critic.module.backbone, "critic head": trainer.critic.module.head}
+        parts |= {"critic backbone": trainer.critic.backbone, "critic head": trainer.critic.head}
     if trainer.policy_loss_engine:
         parts["policy loss"] = trainer.policy_loss
     before = {name: [p.clone() for p in module.parameters()] for name, module in parts.items()}
@@ -131,10 +132,10 @@ def test_the_reward_rises(tmp_path, warm, algorithm):
 def test_critic_warm_up_leaves_the_policy_alone(tmp_path, warm):
     trainer = trainer_of(tmp_path, warm, critic_warmup_steps=1)
     before = [p.clone() for p in trainer.policy.module.parameters()]
-    head = [p.clone() for p in trainer.critic.module.head.parameters() if p.requires_grad]
+    head = [p.clone() for p in trainer.critic.head.parameters() if p.requires_grad]
     trainer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.module.parameters(), strict=True))
-    moved = [p for p in trainer.critic.module.head.parameters() if p.requires_grad]
+    moved = [p for p in trainer.critic.head.parameters() if p.requires_grad]
     assert not all(torch.equal(a, b) for a, b in zip(head, moved, strict=True))
     trainer.step()
     assert not all(torch.equal(a, b) for a, b in zip(before, trainer.policy.module.parameters(), strict=True))
@@ -152,7 +153,7 @@ def test_the_reference_never_moves(tmp_path, warm):
 
 def test_a_critic_of_fewer_layers_keeps_the_first_ones(tmp_path, warm):
     trainer = trainer_of(tmp_path, warm, critic_layers=1)
-    backbone = trainer.critic.module.backbone
+    backbone = trainer.critic.backbone
     assert len(backbone.layers) == 1 and len(trainer.reference.base_model.layers) == 2
     own, reference = backbone.layers[0].mlp.up_proj.weight, trainer.reference.base_model.layers[0].mlp.up_proj.weight
     assert torch.equal(own, reference) and own.data_ptr() != reference.data_ptr()
@@ -169,15 +170,13 @@ def test_a_saved_critic_loads_back_with_the_same_estimates(tmp_path, warm):
 
     trainer = trainer_of(tmp_path, warm, critic_layers=1)
     trainer.step()
-    save_critic(
-        trainer.critic.module, tmp_path / "critic", {"name": "flow", "config": trainer.algorithm.critic_config.model_dump(mode="json")}
-    )
+    save_critic(trainer.critic, tmp_path / "critic", {"name": "flow", "config": trainer.algorithm.critic_config.model_dump(mode="json")})
     loaded = load_critic(tmp_path / "critic")
     batch, _ = trainer.sample()
     with torch.no_grad():
-        own, other = trainer.critic.module.hidden(batch), loaded.hidden(batch)
+        own, other = trainer.critic_backbone(*batch.sequences), ResponseHidden(loaded.backbone)(*batch.sequences)
         torch.testing.assert_close(own, other)
-        torch.testing.assert_close(trainer.critic.module.head.sample_returns(own), loaded.head.sample_returns(other))
+        torch.testing.assert_close(trainer.critic.head.sample_returns(own), loaded.head.sample_returns(other))
 
 
 def test_divergence_stops_with_a_clear_message_after_saving(tmp_path, warm):
