@@ -48,15 +48,15 @@ def truncated_backbone(backbone: nn.Module, layers: int) -> nn.Module:
     return copied
 
 
-def save_critic(critic: CriticModel, directory, description: dict) -> None:
+def save_critic(backbone: nn.Module, head: nn.Module, directory, description: dict) -> None:
     """Write backbone (HF format), head weights and `critic.json`; the directory appears only when complete."""
     import json
 
     from safetensors.torch import save_file
 
     with atomic_directory(directory) as partial:
-        critic.backbone.save_pretrained(partial / "backbone")
-        save_file({k: v.contiguous() for k, v in critic.head.state_dict().items()}, str(partial / "head.safetensors"))
+        backbone.save_pretrained(partial / "backbone")
+        save_file({k: v.contiguous() for k, v in head.state_dict().items()}, str(partial / "head.safetensors"))
         (partial / "critic.json").write_text(json.dumps(description, indent=2, sort_keys=True))
 
 

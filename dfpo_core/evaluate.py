@@ -234,7 +234,7 @@ def _sample_with_critic(config: PipelineConfig, trained_checkpoint: str, critic_
             max_turns=config.train.max_turns,
             max_conversation_tokens=config.train.max_conversation_tokens,
             temperature=config.train.temperature,
-            generator=torch.Generator().manual_seed(config.seed),
+            streams=rollout.sampling_streams(config.seed, 0, 0, len(rows)),
         )
         critic = load_critic(critic_checkpoint)
         hidden = rollout.response_hidden(critic.backbone, ids, mask, sampled.response_ids, sampled.attention_mask, 1).float()

@@ -80,7 +80,7 @@ class GuidedPolicy(nn.Module):
         """Write the reference's checkpoint and, beside it, the guide."""
         self.reference.save_pretrained(directory)
         description = {"name": "q_function", "config": self.critic.head.config.model_dump(mode="json")}
-        save_critic(self.critic, Path(directory) / FOLDER, description)
+        save_critic(self.critic.backbone, self.critic.head, Path(directory) / FOLDER, description)
 
 
 def with_guide(reference: nn.Module, directory: str | Path) -> nn.Module:

@@ -186,7 +186,12 @@ def _algorithm(config: PipelineConfig) -> Iterator[UserError]:
     unknown = list(_raised(algorithms.check_name, config.train.algorithm))
     yield from unknown
     if not unknown and find_spec("torch"):  # the options' own classes need it
-        yield from _raised(algorithms.resolve, config.train)
+        problems = list(_raised(algorithms.resolve, config.train))
+        yield from problems
+        if not problems:
+            from dfpo_core import launch
+
+            yield from _raised(launch.check_shares, config.train, config.train.processes or config.cluster.gpu_count or 1)
 
 
 def _reward(config: PipelineConfig) -> Iterator[UserError]:

@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -365,6 +365,18 @@ def step_run(config: PipelineConfig, step: str, parent_run_id: str) -> Iterator[
             raise error from raised.__cause__
         _clear_failure(run.client, step, parent_run_id)
         run.client.set_terminated(run.run_id, "FINISHED")
+
+
+def attach(config: PipelineConfig, run_id: str) -> StepRun:
+    """A step's run that another process has opened, and will close."""
+    return StepRun(connect(tracking_uri(config)), run_id)
+
+
+class Unlogged:
+    """The run of a process that logs nothing, because another one does: takes every call."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 def _open(config: PipelineConfig, step: str, parent_run_id: str) -> StepRun:

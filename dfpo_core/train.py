@@ -25,6 +25,7 @@ from dfpo_core import (
     engines,
     environments,
     figures,
+    launch,
     lora,
     noise,
     policy_losses,
@@ -67,7 +68,7 @@ class Trainer:
         self.row_of = {row["row_id"]: row for row in rows}
         self.conversations = any(map(environments.converses, rows))
         self.algorithm = algorithms.resolve(self.settings)
-        self._check_shares()
+        launch.check_shares(self.settings, distributed.world())
         self.device = distributed.device()
         torch.manual_seed(config.seed)
         self.policy, self.tokenizer = self._policy(sft_checkpoint)
@@ -86,15 +87,6 @@ class Trainer:
         self.steps_done = 0
         self.history: list[dict[str, float]] = []
         pool.take_failures()  # the count of failed checks is this run's
-
-    def _check_shares(self) -> None:
-        """Raise UserError where the processes cannot have equal shares of every minibatch, or the engine does not know the algorithm."""
-        s, world = self.settings, distributed.world()
-        if s.prompts_per_step % (s.minibatches * world):
-            problem = f"{s.prompts_per_step} prompts in {s.minibatches} minibatches do not divide among {world} processes"
-            raise UserError("train.prompts_per_step", problem, f"use a multiple of {s.minibatches * world}")
-        if self.algorithm.guided and s.engine != "torch":
-            raise UserError("train.engine", f"{self.algorithm.name} samples with two models at once", "use torch")
 
     def _engine(self, module: torch.nn.Module, name: str, learning_rate: float):
         """A training engine around a module of the policy's size."""
@@ -532,26 +524,48 @@ def run(
     Writes the policy (HF format) and the critic; returns the last step's metrics and the id of the MLflow run.
     """
     config = PipelineConfig.model_validate_json(config) if isinstance(config, str) else config
+    arguments = {
+        "pipeline_run_id": pipeline_run_id,
+        "data": str(data),
+        "sft_checkpoint": str(sft_checkpoint),
+        "policy_output": str(policy_output),
+        "critic_output": str(critic_output),
+    }
     with tracking.step_run(config, "train", parent_run_id) as step_run:
-        torch.set_num_threads(config.threads or torch.get_num_threads())
-        rows = labelled(data, ("row_id", "question", "answer", "label"), keep_missing=config.noise.missing == "zero")
-        step_run.log_dataset(str(Path(data) / "train.parquet"), "train", "training", {"noise": config.noise.kind})
-        uri = checkpoint_uri(config, pipeline_run_id)
-        trainer = Trainer(config, sft_checkpoint, rows)
-        step_run.log_params({"algorithm": trainer.algorithm.name, "checkpoint_uri": uri})
-        loop(trainer, uri, identity_of(config, sft_checkpoint), step_run)
-        with trainer.acting() as policy:
+        count = launch.processes(config)
+        if count > 1:
+            return launch.train(config, count, step_run.run_id, arguments), step_run.run_id
+        return work(config, step_run, **arguments), step_run.run_id
+
+
+def work(
+    config: PipelineConfig, step_run, pipeline_run_id: str, data: str, sft_checkpoint: str, policy_output: str, critic_output: str
+) -> dict[str, float]:
+    """The step's work in one of its processes: `run` says what it does. Returns the last step's metrics."""
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    rows = labelled(data, ("row_id", "question", "answer", "label"), keep_missing=config.noise.missing == "zero")
+    step_run.log_dataset(str(Path(data) / "train.parquet"), "train", "training", {"noise": config.noise.kind})
+    uri = checkpoint_uri(config, pipeline_run_id)
+    trainer = Trainer(config, sft_checkpoint, rows)
+    step_run.log_params({"algorithm": trainer.algorithm.name, "checkpoint_uri": uri, "processes": distributed.world()})
+    loop(trainer, uri, identity_of(config, sft_checkpoint), step_run)
+    first = distributed.rank() == 0
+    with trainer.acting() as policy:
+        if first:
             save_policy(policy, trainer.tokenizer, policy_output)
-        step_run.log_artifacts(policy_output, "policy")
-        if trainer.critic and not trainer.guided:  # a guide is a part of the policy
-            description = {"name": trainer.algorithm.critic_name, "config": trainer.algorithm.critic_config.model_dump(mode="json")}
-            save_critic(trainer.critic, Path(critic_output), description)
-            step_run.log_artifacts(critic_output, "critic")
-        else:
-            Path(critic_output).mkdir(parents=True, exist_ok=True)
-        if uri != config.train.checkpoint_uri:
-            checkpoint.remove(uri)  # named after this pipeline run, so nothing can continue from it
-        return trainer.history[-1], step_run.run_id
+    step_run.log_artifacts(policy_output, "policy")
+    if trainer.critic and not trainer.guided:  # a guide is a part of the policy
+        description = {"name": trainer.algorithm.critic_name, "config": trainer.algorithm.critic_config.model_dump(mode="json")}
+        with trainer.critic_backbone.gathered() as hidden:
+            if first:
+                save_critic(hidden.backbone, trainer.critic.head, Path(critic_output), description)
+        step_run.log_artifacts(critic_output, "critic")
+    elif first:
+        Path(critic_output).mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+    if first and uri != config.train.checkpoint_uri:
+        checkpoint.remove(uri)  # named after this pipeline run, so nothing can continue from it
+    return trainer.history[-1]
 
 
 def loop(trainer: Trainer, uri: str, identity: dict[str, Any], step_run) -> None:
@@ -567,7 +581,12 @@ def loop(trainer: Trainer, uri: str, identity: dict[str, Any], step_run) -> None
             step_run.log_metrics(metrics, number)
         step_run.log_params({"resumed_from_step": trainer.steps_done})
     settings = trainer.settings
-    bar = tqdm(total=settings.steps, initial=trainer.steps_done, desc=f"train ({trainer.algorithm.name})", disable=None)
+    bar = tqdm(
+        total=settings.steps,
+        initial=trainer.steps_done,
+        desc=f"train ({trainer.algorithm.name})",
+        disable=True if distributed.rank() else None,
+    )
     with bar:
         while trainer.steps_done < settings.steps:
             try:
@@ -585,8 +604,10 @@ def loop(trainer: Trainer, uri: str, identity: dict[str, Any], step_run) -> None
             bar.update()
             if trainer.is_saved(trainer.steps_done):
                 checkpoint.save(uri, trainer.steps_done, trainer.state(identity), trainer.engines())
-                log_details(trainer, step_run)
-    step_run.log_figure("learning_curves.png", figures.learning_curves(trainer.history))
+                if distributed.rank() == 0:
+                    log_details(trainer, step_run)
+    if distributed.rank() == 0:
+        step_run.log_figure("learning_curves.png", figures.learning_curves(trainer.history))
 
 
 def log_details(trainer: Trainer, step_run) -> None:

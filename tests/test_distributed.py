@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
-from dfpo_core import distributed, lora, sft, train
+from dfpo_core import distributed, launch, lora, sft, train
+from dfpo_core.critic_model import load_critic
 from dfpo_core.errors import TrainingDiverged, UserError
 from dfpo_core.models import load_policy, save_policy
 from dfpo_core.rollout import ResponseHidden, ResponseTokens
-from tests.training import Untracked, rows_of_sums, tiny_config
+from tests.training import Untracked, rows_of_sums, tiny_config, write_rows
 
 WORKER = Path(__file__).parent / "sharded_training.py"
 COMMON = {"prompts_per_step": 8, "micro_batch_prompts": 2, "epochs": 2, "learning_rate": 1e-4, "kl_coefficient": 0.01}
@@ -91,6 +93,62 @@ def test_a_resumed_run_is_the_run_itself_bit_for_bit(shared, case):
 @pytest.mark.parametrize("case", [*CASES, "adapted"])
 def test_what_is_saved_is_a_plain_checkpoint_of_the_trained_policy(shared, case):
     assert shared[case]["saved_difference"] < 1e-4
+
+
+# --- the step -------------------------------------------------------------------------------------------------------------------
+
+
+def step(folder: Path, warm: str, settings: dict) -> tuple[dict, str, object]:
+    """The training step in two processes: (summary, run id, MLflow client)."""
+    pytest.importorskip("deepspeed", reason="needs the extra dfpo[deepspeed]")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    settings = COMMON | {"steps": 2, "processes": 2, "engine": "deepspeed", "zero_stage": 3, "checkpoint_uri": f"{folder}/state"} | settings
+    config = tiny_config(folder / "home", settings, tracking={"uri": uri})
+    data = write_rows(folder / "data", rows_of_sums())
+    return *train.run(config, "", "run", str(data), warm, str(folder / "policy"), str(folder / "critic")), MlflowClient(tracking_uri=uri)
+
+
+def test_the_step_starts_its_processes_and_logs_one_run(tmp_path, warm):
+    summary, run_id, client = step(tmp_path, warm, {})
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED" and run.data.params["processes"] == "2"
+    curve = client.get_metric_history(run_id, "critic/loss")
+    assert [point.step for point in curve] == [1, 2] and curve[-1].value == pytest.approx(summary["critic/loss"])
+    names = {artifact.path for artifact in client.list_artifacts(run_id)}
+    assert {"policy", "critic", "samples", "value_fan", "learning_curves.png"} <= names
+    model, _ = load_policy(str(tmp_path / "policy"), tmp_path)
+    critic = load_critic(tmp_path / "critic")
+    hidden = critic.backbone(torch.ones(1, 3).long()).last_hidden_state
+    assert critic.head.sample_returns(hidden).isfinite().all() and model.config.hidden_size == hidden.shape[-1]
+
+
+def test_a_mistake_found_in_a_process_is_the_steps_one_line(tmp_path, warm, capfd):
+    with pytest.raises(SystemExit) as ended:
+        step(tmp_path, warm, {"prompts_per_step": 3})
+    assert ended.value.code == 2
+    assert "error: train.prompts_per_step: 3 prompts in 1 minibatches do not divide among 2 processes" in capfd.readouterr().err
+
+
+def test_what_a_process_leaves_behind_decides_what_the_step_raises(tmp_path):
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        launch.result_of(tmp_path, 1)
+    (tmp_path / "result.json").write_text('{"critic/loss": 1.5}')
+    assert launch.result_of(tmp_path, 0) == {"critic/loss": 1.5}
+    with pytest.raises(RuntimeError, match="ended with code -9"):
+        launch.result_of(tmp_path, -9)
+    (tmp_path / "failure-1.json").write_text('{"kind": "TrainingDiverged", "arguments": ["the loss is nan"]}')
+    with pytest.raises(TrainingDiverged, match="the loss is nan"):
+        launch.result_of(tmp_path, 1)
+
+
+def test_more_processes_than_gpus_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert launch.processes(tiny_config(tmp_path)) == 2
+    with pytest.raises(UserError, match="train.processes: 3 processes for 2 GPUs"):
+        launch.processes(tiny_config(tmp_path, {"processes": 3}))
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_adapters_learn_and_leave_the_rest_alone(tmp_path, warm):

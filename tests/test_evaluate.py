@@ -159,7 +159,7 @@ def evaluated(tmp_path_factory):
     version = promote.register(step.client, "dfpo", step.run_id, {})
     step.client.set_registered_model_alias("dfpo", "champion", version)
     critic = CriticModel(model, critics.registry.get("flow")(model.config.hidden_size, FlowConfig()), layers=1)
-    save_critic(critic, home / "critic", {"name": "flow", "config": FlowConfig().model_dump(mode="json")})
+    save_critic(critic.backbone, critic.head, home / "critic", {"name": "flow", "config": FlowConfig().model_dump(mode="json")})
     folders = [str(home / name) for name in ("data", "sft", "trained", "out", "html", "critic")]
     metrics = evaluate.run(config.to_json(), parent, *folders)
     return config, home, parent, step.client, metrics

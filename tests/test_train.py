@@ -170,7 +170,12 @@ def test_a_saved_critic_loads_back_with_the_same_estimates(tmp_path, warm):
 
     trainer = trainer_of(tmp_path, warm, critic_layers=1)
     trainer.step()
-    save_critic(trainer.critic, tmp_path / "critic", {"name": "flow", "config": trainer.algorithm.critic_config.model_dump(mode="json")})
+    save_critic(
+        trainer.critic.backbone,
+        trainer.critic.head,
+        tmp_path / "critic",
+        {"name": "flow", "config": trainer.algorithm.critic_config.model_dump(mode="json")},
+    )
     loaded = load_critic(tmp_path / "critic")
     batch, _ = trainer.sample()
     with torch.no_grad():
