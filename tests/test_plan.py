@@ -113,7 +113,7 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(tmp_path, shape, sett
     trainer = train.Trainer(config, str(tmp_path / "model"), rows)
     assert {len(tokens) for tokens in trainer.prompt_tokens} == {41}
     trainer.step()  # makes the optimizers' state
-    engines = [engine for engine in (trainer.policy, trainer.critic) if engine]
+    engines = trainer.engines().values()
     resident = [weight for engine in engines for weight in engine.module.parameters()] + list(trainer.reference.parameters())
     resident += [t for engine in engines for state in engine.optimizer.state.values() for t in state.values()]
     held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in resident}.values())
