@@ -11,12 +11,12 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from dfpo_core import distributed, launch, lora, sft, train
+from dfpo_core import distributed, launch, lora, train
 from dfpo_core.critic_model import load_critic
 from dfpo_core.errors import TrainingDiverged, UserError
-from dfpo_core.models import load_policy, save_policy
+from dfpo_core.models import load_policy
 from dfpo_core.rollout import ResponseHidden, ResponseTokens
-from tests.training import Untracked, rows_of_sums, tiny_config, write_rows
+from tests.training import rows_of_sums, tiny_config, warm_checkpoint, write_rows
 
 WORKER = Path(__file__).parent / "sharded_training.py"
 COMMON = {"prompts_per_step": 8, "micro_batch_prompts": 2, "epochs": 2, "learning_rate": 1e-4, "kl_coefficient": 0.01}
@@ -29,12 +29,7 @@ TIMES = {"rollout/tokens_per_second", "train/step_seconds"}
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory) -> str:
-    home = tmp_path_factory.mktemp("warm")
-    config = tiny_config(home, sft={"steps": 30, "batch_size": 16, "micro_batch_size": 16, "learning_rate": 3e-3})
-    model, tokenizer = load_policy("scratch:tiny", home)
-    sft.train(model, tokenizer, rows_of_sums(), config, Untracked())
-    save_policy(model, tokenizer, home / "sft")
-    return str(home / "sft")
+    return warm_checkpoint(tmp_path_factory.mktemp("warm"))
 
 
 def trained(folder: Path, warm: str, launcher: list[str], cases: dict[str, dict]) -> dict[str, dict]:
@@ -62,16 +57,27 @@ def shared(warm, tmp_path_factory):
     return trained(tmp_path_factory.mktemp("shared"), warm, launcher, CASES | {"adapted": ADAPTED, "bf16": BF16})
 
 
-@pytest.mark.parametrize("case", [*CASES, "adapted"])
-def test_two_processes_train_as_one_does(alone, shared, case):
-    """Every metric of every step, losses and gradient norms included: the sharded loss is the global one."""
-    one, two = alone.get(case, alone["torch"])["curve"], shared[case]["curve"]
-    assert shared[case]["world"] == 2 and len(one) == len(two) == 5
-    for step, (expected, found) in enumerate(zip(one, two, strict=True)):
+def assert_same_training(one: list[dict], other: list[dict]) -> None:
+    assert len(one) == len(other) == 5
+    for step, (expected, found) in enumerate(zip(one, other, strict=True)):
         assert expected.keys() == found.keys()
         for name in expected.keys() - TIMES:
             assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), (step, name)
     assert one[0]["critic/loss"] != one[-1]["critic/loss"]
+
+
+@pytest.mark.parametrize("case", [*CASES, "adapted"])
+def test_two_processes_train_as_one_does(alone, shared, case):
+    """Every metric of every step, losses and gradient norms included: the sharded loss is the global one."""
+    assert shared[case]["world"] == 2
+    assert_same_training(alone.get(case, alone["torch"])["curve"], shared[case]["curve"])
+
+
+def test_deepspeed_in_one_process_needs_no_launcher(alone, warm, tmp_path):
+    pytest.importorskip("deepspeed", reason="needs the extra dfpo[deepspeed]")
+    found = trained(tmp_path, warm, [sys.executable], {"zero_3": SHARDED["zero_3"]})["zero_3"]
+    assert found["world"] == 1 and found["same_weights"]
+    assert_same_training(alone["torch"]["curve"], found["curve"])
 
 
 def test_in_bf16_both_engines_begin_alike(alone, shared):

@@ -38,6 +38,7 @@ def library() -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
     if not dist.is_initialized():  # one process, that torchrun did not start
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(verbose=False)
@@ -66,7 +67,7 @@ class DeepSpeedEngine:
     ):
         self.name, self.learning_rate, self.stage = name, learning_rate, stage
         self.library = library()
-        self.plain = without_weights(module) if stage == 3 else module
+        self.plain = without_weights(module) if stage == 3 else None
         trained = [p for p in module.parameters() if p.requires_grad]
         self.engine, *_ = self.library.initialize(
             model=module,
@@ -96,11 +97,11 @@ class DeepSpeedEngine:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.learning_rate * factor
-        # At stage 0 DeepSpeed clips and keeps the norm to itself.
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None] if self.stage == 0 else []
-        norm = torch.nn.utils.get_total_norm(gradients).item()
+        norm = None
+        if self.stage == 0:  # DeepSpeed clips there, and keeps the norm to itself
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm()) if self.stage else norm
+        norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
         check_norm(norm, self.name)
         return norm
 
