@@ -101,11 +101,8 @@ def _save_engines(fs, folder: str, engines: Mapping[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as local:
         for name, engine in engines.items():
             engine.save(Path(local, name))
-        for path in (path for path in Path(local).rglob("*") if path.is_file()):
-            target = f"{folder}/{path.relative_to(local).as_posix()}"
-            fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-            with path.open("rb") as source, fs.open(target, "wb") as file:
-                shutil.copyfileobj(source, file)
+        if engines:
+            fs.put(f"{local}/", f"{folder}/", recursive=True)
 
 
 def _flush(file) -> None:
@@ -146,11 +143,8 @@ def load_engines(uri: str, engines: Mapping[str, Any]) -> None:
         local = Path(tempfile.gettempdir(), f"dfpo-checkpoint-{os.getppid() if distributed.world() > 1 else os.getpid()}")
         try:
             if distributed.local_rank() == 0:
-                for path in fs.find(folder):
-                    target = local / path.split(f"{folder}/", 1)[1]
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with fs.open(path, "rb") as source, target.open("wb") as file:
-                        shutil.copyfileobj(source, file)
+                for name in engines:
+                    fs.get(f"{folder}/{name}/", f"{local / name}/", recursive=True)
             distributed.barrier()
             for name, engine in engines.items():
                 engine.load(local / name)

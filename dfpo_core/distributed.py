@@ -39,7 +39,7 @@ def rank() -> int:
 
 def local_rank() -> int:
     """This process's number on its node."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ else 0
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def device() -> torch.device:

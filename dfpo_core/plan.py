@@ -297,13 +297,10 @@ def plan(config: PipelineConfig, model_config: str = "", gpus: int = 0, zero_sta
 
 def _numbers(config: PipelineConfig, shape: ArchitectureConfig, on_gpu: bool) -> str:
     """What the plain engine computes in: `precision: auto` asks the CPU that this runs on, where there is no GPU."""
-    from contextlib import nullcontext
+    from dfpo_core.rollout import uses_bf16
 
-    from dfpo_core.rollout import autocast
-
-    if config.precision == "auto" and not on_gpu:
-        return "fp32" if isinstance(autocast("auto", shape.hidden_size, "cpu"), nullcontext) else "autocast"
-    return "fp32" if config.precision == "fp32" else "autocast"
+    in_bf16 = config.precision != "fp32" if on_gpu else uses_bf16(config.precision, shape.hidden_size)
+    return "autocast" if in_bf16 else "fp32"
 
 
 def estimate(work: Work) -> Plan:

@@ -383,7 +383,7 @@ def respond(
                 max_turns=max_turns,
                 max_conversation_tokens=max_conversation_tokens,
                 temperature=temperature,
-                streams=[s for i in chosen for s in sampling_streams(seed, 0, i * samples, samples)],
+                streams=[s for i in chosen for s in sampling_streams(seed, 0, i * samples, samples)] if temperature else None,
             )
         for row, i in enumerate(chosen):
             texts[i] = decoded[row * samples : (row + 1) * samples]

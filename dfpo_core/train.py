@@ -287,7 +287,7 @@ class Trainer:
         single = self.settings.epochs * self.settings.minibatches == 1
         token_count = distributed.total(minibatch.token_count)
         metrics: dict[str, float] = {}
-        for part, last in self.parts(chosen):
+        for part, last in self.parts(len(chosen)):
             micro = minibatch.select(part)
             with self.autocast():
                 log_probs, entropy, prompt_hidden = self.policy(*micro.sequences)
@@ -325,7 +325,7 @@ class Trainer:
         # One seed an update, so that the critic draws the same flow times for every micro-batch and their losses add up.
         seed = torch.randint(2**31, (1,), generator=self.generator, device=self.device).item()
         metrics: dict[str, float] = {}
-        for part, last in self.parts(chosen):
+        for part, last in self.parts(len(chosen)):
             micro = minibatch.select(part)
             levels = torch.Generator().manual_seed(seed)
             micro_rewards, micro_hidden, micro_returns = (None if t is None else self.rows_of(t, part) for t in per_row)
@@ -348,9 +348,9 @@ class Trainer:
     def bf16(self) -> bool:
         return rollout.uses_bf16(self.config.precision, self.hidden_size, self.device)
 
-    def parts(self, chosen: Tensor) -> list[tuple[Tensor, bool]]:
-        """Micro-batches of a minibatch, as positions in it, and which is the last."""
-        split = chosen.new_tensor(range(len(chosen))).split(self.settings.micro_batch_prompts)
+    def parts(self, prompt_count: int) -> list[tuple[Tensor, bool]]:
+        """Micro-batches of so many prompts: their positions, and whether it is the last."""
+        split = torch.arange(prompt_count, device=self.device).split(self.settings.micro_batch_prompts)
         return [(part, i + 1 == len(split)) for i, part in enumerate(split)]
 
     def rows_of(self, tensor: Tensor, prompts_chosen: Tensor) -> Tensor:
@@ -359,8 +359,7 @@ class Trainer:
         return grouped[prompts_chosen].flatten(0, 1)
 
     def micro_batches(self, batch: Rollout) -> list[Rollout]:
-        every = torch.arange(len(batch.prompt_ids), device=self.device)
-        return [batch.select(part) for part in every.split(self.settings.micro_batch_prompts)]
+        return [batch.select(part) for part, _ in self.parts(len(batch.prompt_ids))]
 
     def minibatches(self) -> list[Tensor]:
         """Indices of this process's prompts in each optimizer step: a fresh permutation an epoch, cut into equal parts.

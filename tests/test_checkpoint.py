@@ -11,6 +11,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dfpo_core import checkpoint
+from dfpo_core.engines.pytorch import TorchEngine
 from dfpo_core.errors import UserError
 
 
@@ -32,6 +33,23 @@ def test_the_newest_state_comes_back_and_older_ones_are_dropped(uri):
     assert state["step"] == 10 and state["weights"].tolist() == [10.0] * 3
     fs, root = url_to_fs(uri)
     assert sorted(name.rsplit("/", 1)[-1] for name in fs.ls(root, detail=False)) == ["latest.json", "step-00000010"]
+
+
+def test_engines_come_back_as_they_were(uri):
+    def stepped(rate):
+        engine = TorchEngine(torch.nn.Linear(2, 1), "layer", rate)
+        engine.backward(engine(torch.ones(1, 2)).sum())
+        engine.step()
+        return engine
+
+    saved = {"policy": stepped(0.1), "critic": stepped(0.2)}
+    checkpoint.save(uri, 5, {"step": 5}, saved)
+    loaded = {"policy": stepped(0.1), "critic": stepped(0.2)}
+    checkpoint.load_engines(uri, loaded)
+    for name, engine in saved.items():
+        assert torch.equal(engine.module.weight, loaded[name].module.weight)
+        moments = [[state["exp_avg"] for state in e.optimizer.state.values()] for e in (engine, loaded[name])]
+        assert all(torch.equal(*pair) for pair in zip(*moments, strict=True))
 
 
 def test_removing_leaves_nothing_to_resume_from(uri):

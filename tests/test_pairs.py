@@ -8,14 +8,13 @@ from itertools import product
 import pytest
 import torch
 
-from dfpo_core import algorithms, critics, sft, train
+from dfpo_core import algorithms, critics, train
 from dfpo_core.advantages.group import GroupAdvantage, GroupConfig
 from dfpo_core.advantages.reinforce_pp import ReinforcePP, ReinforcePPConfig
 from dfpo_core.config import TrainConfig
 from dfpo_core.errors import UserError
-from dfpo_core.models import load_policy, save_policy
 from dfpo_core.types import AdvantageInputs
-from tests.training import Untracked, rows_of_sums, tiny_config
+from tests.training import rows_of_sums, tiny_config, warm_checkpoint
 
 ADVANTAGES = {
     "gae": {"name": "gae"},
@@ -26,12 +25,7 @@ ADVANTAGES = {
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory) -> str:
-    home = tmp_path_factory.mktemp("warm")
-    config = tiny_config(home, sft={"steps": 20, "batch_size": 16, "micro_batch_size": 16, "learning_rate": 3e-3})
-    model, tokenizer = load_policy("scratch:tiny", home)
-    sft.train(model, tokenizer, rows_of_sums(), config, Untracked())
-    save_policy(model, tokenizer, home / "sft")
-    return str(home / "sft")
+    return warm_checkpoint(tmp_path_factory.mktemp("warm"), steps=20)
 
 
 @pytest.mark.parametrize(("critic", "advantage"), list(product(sorted(critics.ESTIMATORS), sorted(ADVANTAGES))))

@@ -15,24 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfpo_core import algorithms, checkpoint, sft, train
+from dfpo_core import algorithms, checkpoint, train
 from dfpo_core.errors import TrainingDiverged, UserError
-from dfpo_core.models import load_policy, save_policy
 from dfpo_core.rollout import ResponseHidden
-from tests.training import Untracked, rows_of_sums, tiny_config
+from tests.training import Untracked, rows_of_sums, tiny_config, warm_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory) -> str:
-    """A checkpoint that has seen the sums for a moment, so that some rewards are 1 and many are 0."""
-    home = tmp_path_factory.mktemp("warm")
-    config = tiny_config(home, sft={"steps": 30, "batch_size": 16, "micro_batch_size": 16, "learning_rate": 3e-3})
-    model, tokenizer = load_policy("scratch:tiny", home)
-    sft.train(model, tokenizer, rows_of_sums(), config, Untracked())
-    save_policy(model, tokenizer, home / "sft")
-    return str(home / "sft")
+    return warm_checkpoint(tmp_path_factory.mktemp("warm"))
 
 
 def trainer_of(home, warm, **settings) -> train.Trainer:

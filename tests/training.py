@@ -8,7 +8,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from dfpo_core import sft
 from dfpo_core.config import PipelineConfig, parse_config
+from dfpo_core.models import load_policy, save_policy
 
 SOURCE = {"kind": "reasoning_gym", "name": "chain_sum", "size": 10}
 
@@ -69,6 +71,15 @@ def rows_of_sums(count: int = 16) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def warm_checkpoint(home: Path, steps: int = 30) -> str:
+    """A checkpoint that has seen the sums for a moment, so that some rewards are 1 and many are 0."""
+    config = tiny_config(home, sft={"steps": steps, "batch_size": 16, "micro_batch_size": 16, "learning_rate": 3e-3})
+    model, tokenizer = load_policy("scratch:tiny", home)
+    sft.train(model, tokenizer, rows_of_sums(), config, Untracked())
+    save_policy(model, tokenizer, home / "sft")
+    return str(home / "sft")
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
