@@ -221,6 +221,14 @@ class LoRAConfig(Section):
     alpha: float = Field(32.0, gt=0, description="scale of the adapters, divided by their rank")
 
 
+class VLLMConfig(Section):
+    """vLLM beside the training on the same GPU."""
+
+    memory_share: float = Field(0.3, gt=0, lt=1, description="share of the GPU's memory for vLLM's copy of the weights and its cache")
+    max_sequences: int = Field(256, ge=1, description="responses that are sampled at once")
+    eager: bool = Field(False, description="no CUDA graphs: slower, with less memory and a quicker start")
+
+
 class TrainConfig(Section):
     """RL post-training: rollouts, critic, advantage and policy loss."""
 
@@ -254,6 +262,11 @@ class TrainConfig(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="per-token KL estimator (Schulman 2020)")
     reward: dict[str, Any] = Field({}, description="reward that trains, name and options; empty: each row's own, as in evaluation")
     reward_noise: RewardNoiseConfig = Field(RewardNoiseConfig(), description="noise on the reward itself")
+    rollout_engine: Literal["hf", "vllm"] = Field("hf", description="what samples: the policy itself, or vLLM with a copy of its weights")
+    vllm: VLLMConfig = Field(VLLMConfig(), description="vLLM's share of the machine")
+    importance_cap: float = Field(
+        2.0, ge=0, description="with vLLM, a token counts by its probability's ratio policy / vLLM, at most this much; 0: not weighed"
+    )
     engine: Literal["torch", "deepspeed"] = Field("torch", description="torch: all of a model in every process; deepspeed: ZeRO")
     zero_stage: int = Field(2, ge=0, le=3, description="what DeepSpeed shards: 1 optimizer state, 2 gradients too, 3 weights too")
     processes: int = Field(0, ge=0, description="processes that share a step's prompts; 0: one a GPU, or one without GPUs")
@@ -306,6 +319,9 @@ class TrackingConfig(Section):
     experiment: str = Field("dfpo", min_length=1, description="experiment name")
 
 
+# Keys of the secrets that pods get as environment variables.
+OBJECT_STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
+MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 QUANTITY_OF_CPU = r"^(([0-9]*\.)?[0-9]+m?)?$"
 QUANTITY_OF_MEMORY = r"^([0-9]+(E|Ei|P|Pi|T|Ti|G|Gi|M|Mi|K|Ki)?)?$"
 OBJECT_NAME = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)?$"
@@ -350,6 +366,8 @@ class ClusterConfig(Section):
     gpu_image: str = Field("dfpo-gpu:0.1.0", pattern=r"^\S+$", description="image of the GPU steps (sft, train, evaluate)")
     gpu_type: str = Field("nvidia.com/gpu", description="accelerator resource name")
     gpu_count: int = Field(0, ge=0, description="accelerators a GPU step asks for; 0 runs on CPU")
+    nodes: int = Field(1, ge=1, description="pods that train together, each with gpu_count accelerators; above 1 as a Kubeflow TrainJob")
+    train_job_runtime: str = Field("torch-distributed", pattern=OBJECT_NAME, description="training runtime of the TrainJob")
     gpu_memory: str = Field("", pattern=QUANTITY_OF_MEMORY, description="memory of one accelerator, e.g. 80Gi: what `dfpo plan` fits into")
     cpu_request: str = Field("2", pattern=QUANTITY_OF_CPU, description="CPU request of the GPU steps; empty sets none")
     cpu_limit: str = Field("", pattern=QUANTITY_OF_CPU, description="CPU limit of the GPU steps; empty sets none")

@@ -13,6 +13,7 @@ import os
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,7 @@ def _sample_with_critic(config: PipelineConfig, trained_checkpoint: str, critic_
     ids, mask = rollout.pad_left(prompts.encode(tokenizer, rows, config.prompt), tokenizer.pad_token_id)
     with rollout.autocast(config.precision, model.config.hidden_size), torch.no_grad():
         sampled, texts = rollout.converse(
-            model,
+            partial(rollout.generate, model),
             tokenizer,
             rows,
             ids,

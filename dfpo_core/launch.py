@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,40 +52,48 @@ def train(config: PipelineConfig, count: int, run_id: str, arguments: dict[str, 
         Path(folder, JOB).write_text(json.dumps(job))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "dfpo_core.launch", folder]
         code = subprocess.run([sys.executable, *launcher], env=os.environ | {"OMP_NUM_THREADS": str(config.threads or 1)}).returncode
-        return result_of(Path(folder), code)
+        return result_of(Path(folder), f"a training process ended with code {code}; its traceback is above" if code else "")
 
 
-def result_of(folder: Path, code: int) -> dict[str, float]:
-    """What process 0 left in `folder`, or the exception that the first failed process left there."""
+def result_of(folder: Path, problem: str) -> dict[str, float]:
+    """What process 0 left in `folder`; raises what the first failed process left there, or else RuntimeError where there is a problem."""
     failures = sorted(folder.glob(FAILURE.format(rank="*")), key=lambda path: path.stat().st_mtime_ns)
     for failure in (json.loads(path.read_text()) for path in failures):
         if failure["kind"] == "UserError":
             raise UserError(*failure["arguments"])
         if failure["kind"] == "TrainingDiverged":
             raise TrainingDiverged(*failure["arguments"])
-    if code or not (folder / RESULT).is_file():
-        raise RuntimeError(f"a training process ended with code {code}; its traceback is above")
+    if problem or not (folder / RESULT).is_file():
+        raise RuntimeError(problem or "training ended without a result; its log is above")
     return json.loads((folder / RESULT).read_text())
 
 
 def main(folder: Path) -> None:
     """One process of the step."""
+    job = json.loads((folder / JOB).read_text())
+    distributed.join()
+    process(job, job["arguments"], lambda name, text: (folder / name).write_text(text))
+
+
+def process(
+    job: dict[str, Any], arguments: dict[str, str], write: Callable[[str, str], Any], finish: Callable[[], None] | None = None
+) -> None:
+    """Train as `job` says, and `write` what came of it, a name and its text. Process 0 calls `finish` before it tells that it is done."""
     from dfpo_core.train import work
 
-    job: dict[str, Any] = json.loads((folder / JOB).read_text())
     config = PipelineConfig.model_validate_json(job["config"])
-    distributed.join()
     try:
         first = distributed.rank() == 0
         run = tracking.attach(config, job["run_id"]) if first else tracking.Unlogged()
-        summary = work(config, run, **job["arguments"])
+        summary = work(config, run, **arguments)
         if first:
-            (folder / RESULT).write_text(json.dumps(summary))
+            if finish:
+                finish()
+            write(RESULT, json.dumps(summary))
         distributed.leave()
     except (UserError, TrainingDiverged) as error:
-        arguments = [error.field, error.problem, error.fix] if isinstance(error, UserError) else [str(error)]
-        failure = json.dumps({"kind": type(error).__name__, "arguments": arguments})
-        (folder / FAILURE.format(rank=distributed.rank())).write_text(failure)
+        told = [error.field, error.problem, error.fix] if isinstance(error, UserError) else [str(error)]
+        write(FAILURE.format(rank=distributed.rank()), json.dumps({"kind": type(error).__name__, "arguments": told}))
         sys.exit(2)
 
 

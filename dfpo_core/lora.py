@@ -23,6 +23,8 @@ def add(model: nn.Module, config: LoRAConfig) -> None:
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state of the same model without adapters, with what they add in its weights; the model's own state where it has none."""
+    if not hasattr(model, "peft_config"):
+        return model.state_dict()
     from peft.tuners.lora import LoraLayer
 
     state = {name.replace(BASE, ""): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}

@@ -23,8 +23,8 @@ RESERVED = 0.06
 """Share of a GPU's memory that the CUDA context and fragmentation take."""
 FP32, BF16 = 4, 2
 ADAM = 2 * FP32
-LIVE_PARAMETERS = 10**9
-"""Parameters that ZeRO-3 keeps gathered at most: DeepSpeed's default of stage3_max_live_parameters."""
+LIVE_PARAMETERS, FETCHED_PARAMETERS = 10**9, 5 * 10**7
+"""Parameters that ZeRO-3 keeps gathered at most, and that are on their way: stage3_max_live_parameters and stage3_prefetch_bucket_size."""
 
 
 def read_bytes(text: str, field: str) -> int:
@@ -125,6 +125,12 @@ def layer_parameters(shape: ArchitectureConfig) -> tuple[int, int]:
     return linear, linear + biases + norms
 
 
+def adapter_parameters(shape: ArchitectureConfig, rank: int) -> int:
+    """Weights of the low-rank adapters of one layer: two thin matrices beside each of its seven linear maps."""
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    return rank * (2 * (shape.hidden_size + queries) + 2 * (shape.hidden_size + keys) + 3 * (shape.hidden_size + shape.intermediate_size))
+
+
 def parameters(shape: ArchitectureConfig) -> int:
     """Weights of the whole model; a tied output layer counts once."""
     embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
@@ -187,7 +193,7 @@ class Work:
     shape: ArchitectureConfig
     critic_layers: int
     head: Head | None
-    numbers: str  # fp32; autocast: fp32 weights, products in bf16; bf16: bf16 weights with an fp32 copy in the optimizer
+    numbers: str  # fp32; autocast: fp32 weights, products in bf16
     fused_attention: bool  # attention that keeps no scores
     prompts: int  # a step
     samples: int  # a prompt
@@ -199,16 +205,14 @@ class Work:
     gpus: int = 1
     zero_stage: int = 0
     checkpointing: bool = False  # keep only the input of each layer, and compute the rest again
+    full_passes: bool = False  # every response with a copy of its prompt, without a cache
+    lora_rank: int = 0  # of the policy's adapters; 0: all its weights are trained
+    vllm_share: float = 0.0  # of the GPU's memory that vLLM takes to sample; 0: the policy itself samples
 
     @property
     def size(self) -> int:
         """Bytes of a number that enters a product."""
         return FP32 if self.numbers == "fp32" else BF16
-
-    @property
-    def stored(self) -> int:
-        """Bytes of a weight, its gradient, and a number of the residual stream."""
-        return BF16 if self.numbers == "bf16" else FP32
 
     @property
     def span(self) -> int:
@@ -225,7 +229,7 @@ class Work:
     @property
     def key_value_bytes(self) -> int:
         """One token's key and value in one layer: under autocast the rotation makes keys fp32."""
-        return self.keys * (self.stored + self.size)
+        return self.keys * (FP32 + self.size)
 
     @property
     def repeated(self) -> int:
@@ -249,8 +253,8 @@ class Plan:
         return max(self.totals.values())
 
 
-def plan(config: PipelineConfig, model_config: str = "", gpus: int = 0, zero_stage: int | None = None, checkpointing: bool = False) -> Plan:
-    """The plan of `config` with the plain engine on one GPU, or with DeepSpeed's ZeRO `zero_stage` over `gpus` (0: cluster.gpu_count).
+def plan(config: PipelineConfig, model_config: str = "", gpus: int = 0) -> Plan:
+    """The plan of `config` with one process on each of `gpus` GPUs (0: train.processes, or else cluster.gpu_count).
 
     Raises UserError where the shape is not known, or the configuration cannot work.
     """
@@ -258,7 +262,7 @@ def plan(config: PipelineConfig, model_config: str = "", gpus: int = 0, zero_sta
 
     if not find_spec("torch"):
         raise UserError("plan", "counts the critic's head by running it, and torch is not installed", "run: pip install '.[train]'")
-    from dfpo_core import algorithms
+    from dfpo_core import algorithms, launch
 
     shape, train = architecture_of(config, model_config), config.train
     algorithm = algorithms.resolve(train)
@@ -267,36 +271,37 @@ def plan(config: PipelineConfig, model_config: str = "", gpus: int = 0, zero_sta
     if train.critic_layers > shape.num_hidden_layers:
         problem = f"{train.critic_layers} is above the policy's {shape.num_hidden_layers} layers"
         raise UserError("train.critic_layers", problem, f"use 0 to {shape.num_hidden_layers}")
-    on_gpu, gpus = gpus > 0 or config.cluster.gpu_count > 0, gpus or config.cluster.gpu_count or 1
-    sharing = gpus if zero_stage is not None else 1
-    minibatch, uneven = divmod(train.prompts_per_step // train.minibatches, sharing)
-    if uneven:
-        problem = f"{train.prompts_per_step // train.minibatches} prompts a minibatch do not divide among {sharing} GPUs"
-        raise UserError("train.prompts_per_step", problem, f"use a multiple of {sharing * train.minibatches}")
+    on_gpu = gpus > 0 or config.cluster.gpu_count > 0
+    gpus = gpus or (train.processes or config.cluster.gpu_count or 1) * config.cluster.nodes
+    launch.check_shares(train, gpus)
+    minibatch = train.prompts_per_step // train.minibatches // gpus
     name = algorithm.critic_name
     return estimate(
         Work(
             shape=shape,
             critic_layers=(train.critic_layers or shape.num_hidden_layers) if name else 0,
             head=head_of(name, algorithm.critic_config, shape.hidden_size) if name else None,
-            numbers="bf16" if zero_stage is not None else _numbers(config, shape, on_gpu),
+            numbers=_numbers(config, shape, on_gpu),
             fused_attention=on_gpu,
-            prompts=train.prompts_per_step // sharing,
+            prompts=train.prompts_per_step // gpus,
             samples=train.samples_per_prompt,
             minibatch_prompts=minibatch,
             micro_prompts=min(train.micro_batch_prompts, minibatch),
             updates=train.epochs * train.minibatches,
             prompt_tokens=config.prompt.max_prompt_tokens,
             response_tokens=config.response_tokens,
-            gpus=sharing,
-            zero_stage=zero_stage or 0,
-            checkpointing=checkpointing,
+            gpus=gpus,
+            zero_stage=train.zero_stage if train.engine == "deepspeed" else 0,
+            checkpointing=train.gradient_checkpointing,
+            full_passes=train.full_passes,
+            lora_rank=train.lora.rank,
+            vllm_share=train.vllm.memory_share if train.rollout_engine == "vllm" else 0.0,
         )
     )
 
 
 def _numbers(config: PipelineConfig, shape: ArchitectureConfig, on_gpu: bool) -> str:
-    """What the plain engine computes in: `precision: auto` asks the CPU that this runs on, where there is no GPU."""
+    """What products are computed in: `precision: auto` asks the CPU that this runs on, where there is no GPU."""
     from dfpo_core.rollout import uses_bf16
 
     in_bf16 = config.precision != "fp32" if on_gpu else uses_bf16(config.precision, shape.hidden_size)
@@ -306,31 +311,38 @@ def _numbers(config: PipelineConfig, shape: ArchitectureConfig, on_gpu: bool) ->
 def estimate(work: Work) -> Plan:
     """Bytes in each phase. Policy, reference and critic stay where they are all the time; the rest comes and goes.
 
-    ZeRO (arXiv 1910.02054) shares the optimizer's state from stage 1 on, gradients from 2 on, weights from 3 on. Stage 3 gathers all
-    of the policy's weights for the rollout, and for an update at most LIVE_PARAMETERS at a time.
+    ZeRO (arXiv 1910.02054) shares the optimizer's state from stage 1 on, gradients from 2 on, weights from 3 on. DeepSpeed 0.19 keeps
+    its own copy of the weights that it shares the updating of, from stage 1 on a bucket of the gradients that it sends, and at stage 3
+    its share of the gradients all the time. Stage 3 gathers all of the policy's weights for the rollout, those of products as products
+    see them, and for an update at most LIVE_PARAMETERS at a time.
     """
     shape, layers = work.shape, work.shape.num_hidden_layers
     policy = parameters(shape)
     backbone = work.critic_layers * layer_parameters(shape)[1] + shape.hidden_size if work.head else 0
     critic, trained = (backbone + work.head.parameters, backbone + work.head.trained) if work.head else (0, 0)
+    adapters = layers * adapter_parameters(shape, work.lora_rank)
+    tuned = adapters or policy
     weights_shared, state_shared = (work.gpus if work.zero_stage >= stage else 1 for stage in (3, 1))
-    state = ADAM + (FP32 if work.numbers == "bf16" else 0)
+    numbers = (ADAM + FP32 * (work.zero_stage > 0)) // FP32  # of the optimizer, a weight
     resident = {
-        "policy weights": policy * work.stored // weights_shared,
-        "policy optimizer": policy * state // state_shared,
-        "reference weights": policy * work.stored // weights_shared,
-        "critic weights": critic * work.stored // weights_shared,
-        "critic optimizer": trained * state // state_shared,
+        "policy weights": (policy + adapters) * FP32 // weights_shared,
+        "policy optimizer": tuned * FP32 * numbers // state_shared,
+        "reference weights": policy * FP32 // weights_shared,
+        "critic weights": critic * FP32 // weights_shared,
+        "critic optimizer": trained * FP32 * numbers // state_shared,
     }
+    if work.zero_stage == 3:
+        resident["gradients"] = (tuned + trained) * FP32 // work.gpus
+        resident["buckets"] = bucket(tuned) + bucket(trained)
     tokens = work.prompts * work.samples * work.response_tokens
     # Ids, masks, log-probabilities, entropies, advantages of this step, and the figures' data of the last one.
     kept = tokens * 64 + (tokens * (shape.hidden_size * FP32 + 3 * work.head.samples * FP32) if work.head else 0)
     extra = _extra_weights(work, policy, layers, output_layer=True)
     phases = {
         "rollout": {
-            "other weights": policy * work.stored if weights_shared > 1 else extra,
-            "KV cache": _cache(work, work.prompts),
-            "activations": _decoding(work),
+            "other weights": _gathered_to_sample(work, policy) if weights_shared > 1 else extra,
+            "KV cache": 0 if work.vllm_share else _cache(work, work.prompts),
+            "activations": 0 if work.vllm_share else _decoding(work),
         },
         # The reference always scores the rollout, the policy only where its weights move between updates.
         "scores": {
@@ -339,7 +351,7 @@ def estimate(work: Work) -> Plan:
             "activations": _scoring(work),
             "rollout": kept,
         },
-        "policy update": _update(work, layers, policy, head=0) | {"other weights": extra, "rollout": kept},
+        "policy update": _update(work, layers, tuned, head=0) | {"other weights": extra, "rollout": kept},
     }
     if work.head:
         others = _extra_weights(work, critic, work.critic_layers, output_layer=False)
@@ -351,10 +363,25 @@ def estimate(work: Work) -> Plan:
 def _extra_weights(work: Work, count: int, layers: int, output_layer: bool) -> int:
     """Copies of weights in a pass: autocast's in bf16, kept to the backward pass, or those that ZeRO-3 gathers."""
     if work.zero_stage == 3 and work.gpus > 1:
-        return min(count, LIVE_PARAMETERS) * work.stored
+        return (min(count, LIVE_PARAMETERS) + min(count, FETCHED_PARAMETERS)) * FP32
     if work.numbers == "autocast":
         return (layers * layer_parameters(work.shape)[0] + output_layer * work.shape.vocab_size * work.shape.hidden_size) * BF16
     return 0
+
+
+def bucket(trained: int) -> int:
+    """Bytes that DeepSpeed keeps for the gradients that are sent at once."""
+    from dfpo_core.engines.deepspeed import BUCKET
+
+    return min(trained, BUCKET) * FP32
+
+
+def _gathered_to_sample(work: Work, policy: int) -> int:
+    """Bytes of the policy's weights, those of products in their precision."""
+    shape = work.shape
+    products = work.shape.num_hidden_layers * layer_parameters(shape)[0]
+    products += 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
+    return policy * FP32 - products * (FP32 - work.size)
 
 
 def _cache(work: Work, prompts: int) -> int:
@@ -389,7 +416,8 @@ def _scoring(work: Work) -> int:
 def _update(work: Work, layers: int, trained: int, head: int) -> dict[str, int]:
     """Gradients and activations of an update of `layers` layers under the output layer (head 0) or a head of `head` bytes a token."""
     shape, sequences = work.shape, work.micro_prompts * work.samples
-    prompts, responses = work.micro_prompts * work.prompt_tokens, sequences * (work.response_tokens - 1)
+    copies = sequences if work.full_passes else work.micro_prompts
+    prompts, responses = copies * work.prompt_tokens, sequences * (work.response_tokens - 1)
     layer = _kept_by_a_layer(work, prompts, responses)
     working = max(prompts, responses) * 3 * shape.intermediate_size * work.size
     if not work.fused_attention:
@@ -397,15 +425,18 @@ def _update(work: Work, layers: int, trained: int, head: int) -> dict[str, int]:
     # The last norm; then the logits, their log-softmax, probabilities and gradients, in fp32, or the critic's head.
     top = sequences * work.response_tokens * (shape.hidden_size * 3 * FP32 + (head or shape.vocab_size * 18))
     if work.checkpointing:
-        every = layers * ((prompts + responses) * shape.hidden_size * work.stored + sequences * work.span * work.key_value_bytes)
+        every = layers * (prompts + responses) * shape.hidden_size * FP32
         start = every + max(top, layer + working)
     else:
         start = layers * layer + max(top, working)
-    gradients = trained * work.stored // (work.gpus if work.zero_stage >= 2 else 1)
-    if work.minibatch_prompts > work.micro_prompts or work.gpus > 1:  # earlier micro-batches' gradients are there from the start
-        return {"gradients": gradients, "activations": start}
+    if work.zero_stage == 3:  # gradients and one bucket are there all the time; what of it is sent is there twice
+        return {"activations": start + bucket(trained)}
+    shared = {"buckets": bucket(trained)} if work.zero_stage else {}
+    gradients = trained * FP32 // (work.gpus if work.zero_stage == 2 else 1)
+    if work.minibatch_prompts > work.micro_prompts:  # earlier micro-batches' gradients are there from the start
+        return {"gradients": gradients, "activations": start} | shared
     # Layer by layer the activations go and the gradients come: the peak is at the one end or the other.
-    return {"gradients": gradients, "activations": max(start - gradients, layer + working)}
+    return {"gradients": gradients, "activations": max(start - gradients, layer + working)} | shared
 
 
 def _kept_by_a_layer(work: Work, prompts: int, responses: int) -> int:
@@ -430,7 +461,7 @@ def _kept_by_a_layer(work: Work, prompts: int, responses: int) -> int:
 # ---------------------------------------------------------------------------------------------------------- what is printed
 
 REMEDIES = {
-    "activations": "lower train.micro_batch_prompts or train.max_new_tokens, or keep only layer inputs (--gradient-checkpointing)",
+    "activations": "lower train.micro_batch_prompts or train.max_new_tokens, or keep only layer inputs (train.gradient_checkpointing)",
     "KV cache": "lower train.prompts_per_step or train.samples_per_prompt, or use more GPUs",
     "rollout": "lower train.prompts_per_step or train.samples_per_prompt, or use more GPUs",
 }
@@ -440,8 +471,9 @@ def render(plan: Plan, memory: int = 0) -> str:
     """The plan as a table of GiB, and whether it fits into `memory` bytes, where they are given."""
     work, phases = plan.work, list(plan.phases)
     critic = f", critic of {work.critic_layers} layers" if work.head else ", no critic"
-    engine = f"ZeRO-{work.zero_stage} over {work.gpus} GPUs" if work.numbers == "bf16" else "one process"
-    lines = [f"{parameters(work.shape) / 1e9:.2f} billion parameters{critic}; {engine}, {work.numbers}; GiB on one GPU:", ""]
+    engine = f"ZeRO-{work.zero_stage}" if work.zero_stage else "all of the weights on every GPU"
+    engine = f"{work.gpus} process(es), {engine}, {work.numbers}"
+    lines = [f"{parameters(work.shape) / 1e9:.2f} billion parameters{critic}; {engine}; GiB on one GPU:", ""]
     names = list(dict.fromkeys(name for parts in plan.phases.values() for name in parts))
     rows = [[name, *(plan.phases[phase].get(name, 0) for phase in phases)] for name in names]
     rows.append(["total", *plan.totals.values()])
@@ -451,7 +483,11 @@ def render(plan: Plan, memory: int = 0) -> str:
 
 
 def fits(plan: Plan, memory: int) -> bool:
-    return plan.peak <= memory * (1 - RESERVED)
+    return plan.peak <= _usable(plan, memory)
+
+
+def _usable(plan: Plan, memory: int) -> float:
+    return memory * (1 - RESERVED - plan.work.vllm_share)
 
 
 def verdict(plan: Plan, memory: int) -> str:
@@ -460,10 +496,10 @@ def verdict(plan: Plan, memory: int) -> str:
     peak = f"the {phase} needs {plan.peak / 2**30:.2f} GiB"
     if not memory:
         return f"{peak}; give --gpu-memory or cluster.gpu_memory to see whether that fits"
-    usable = f"{memory * (1 - RESERVED) / 2**30:.2f} of {memory / 2**30:.2f} GiB, {RESERVED:.0%} being kept in reserve"
+    kept = f"{RESERVED:.0%} being kept in reserve" + (f", {plan.work.vllm_share:.0%} for vLLM" if plan.work.vllm_share else "")
+    usable = f"{_usable(plan, memory) / 2**30:.2f} of {memory / 2**30:.2f} GiB, {kept}"
     if fits(plan, memory):
         return f"fits: {peak}; there are {usable}"
     largest = max(plan.phases[phase], key=plan.phases[phase].get)
-    return (
-        f"does not fit: {peak}; there are {usable}; most are {largest}: {REMEDIES.get(largest, 'use more GPUs, or a higher --zero-stage')}"
-    )
+    remedy = REMEDIES.get(largest, "use more GPUs, or a higher train.zero_stage")
+    return f"does not fit: {peak}; there are {usable}; most are {largest}: {remedy}"

@@ -191,7 +191,8 @@ def _algorithm(config: PipelineConfig) -> Iterator[UserError]:
         if not problems:
             from dfpo_core import launch
 
-            yield from _raised(launch.check_shares, config.train, config.train.processes or config.cluster.gpu_count or 1)
+            processes = (config.train.processes or config.cluster.gpu_count or 1) * config.cluster.nodes
+            yield from _raised(launch.check_shares, config.train, processes)
 
 
 def _reward(config: PipelineConfig) -> Iterator[UserError]:
@@ -202,6 +203,20 @@ def _reward(config: PipelineConfig) -> Iterator[UserError]:
 
 def _tracking(config: PipelineConfig) -> Iterator[UserError]:
     yield from _raised(tracking.check_reachable, tracking.tracking_uri(config))
+
+
+def check_nodes(config: PipelineConfig) -> None:
+    """Raise UserError for several training nodes that would not see the same checkpoints and the same tracking store."""
+    cluster, uri = config.cluster, config.train.checkpoint_uri
+    if cluster.nodes == 1:
+        return
+    claimed = cluster.pvc and uri.startswith(cluster.pvc_mount_path.rstrip("/") + "/")
+    if not claimed and ("://" not in uri or uri.startswith("file:")):
+        problem = f"{uri or 'the default, a folder under home,'} is not seen by all of the {cluster.nodes} nodes"
+        raise UserError("train.checkpoint_uri", problem, "name an object store, or a folder under cluster.pvc_mount_path")
+    if not config.tracking.uri:
+        problem = f"the default, a store under home, is not seen by all of the {cluster.nodes} nodes"
+        raise UserError("tracking.uri", problem, "name a tracking server")
 
 
 def _cluster(config: PipelineConfig) -> Iterator[UserError]:

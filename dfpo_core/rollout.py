@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -268,7 +269,7 @@ def generate(
 
 @torch.no_grad()
 def converse(
-    model,
+    sample: Callable[..., Generation],
     tokenizer,
     rows: list[dict[str, Any]],
     prompt_ids: Tensor,
@@ -284,14 +285,13 @@ def converse(
 ) -> tuple[Generation, list[str]]:
     """Responses to one row a prompt, and their texts. Those of a conversation go on while it does, within the limits.
 
-    A conversation's text is the policy's turns joined by environments.TURN. Other rows are answered as `generate` does, bit for bit.
+    `sample` is `generate` with a model, or what does the same. A conversation's text is the policy's turns joined by environments.TURN.
+    Other rows are answered as `sample` does, bit for bit.
     Every turn is a pass over what was said before it.
     """
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     sampling |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    first = generate(
-        model, prompt_ids, prompt_mask, samples_per_prompt=samples_per_prompt, streams=streams, guided_tokens=guided_tokens, **sampling
-    )
+    first = sample(prompt_ids, prompt_mask, samples_per_prompt=samples_per_prompt, streams=streams, guided_tokens=guided_tokens, **sampling)
     texts = decode(tokenizer, first.response_ids, first.mask)
     rows = [row for row in rows for _ in range(samples_per_prompt)]
     talks = {i: environments.start(row) for i, row in enumerate(rows) if environments.converses(row)}
@@ -314,7 +314,7 @@ def converse(
             break
         ids, mask = pad_left([contexts[i] + [token for token, *_ in sequences[i]] for i in going], tokenizer.pad_token_id)
         own = streams and [streams[i] for i in going]
-        turn = generate(model, ids.to(prompt_ids.device), mask.to(prompt_ids.device), samples_per_prompt=1, streams=own, **sampling)
+        turn = sample(ids.to(prompt_ids.device), mask.to(prompt_ids.device), samples_per_prompt=1, streams=own, **sampling)
         for i, tokens, text in zip(going, _sampled(turn), decode(tokenizer, turn.response_ids, turn.mask), strict=True):
             sequences[i] += tokens
             turns[i].append(text.replace(environments.TURN, " "))
@@ -373,7 +373,7 @@ def respond(
         ids, mask = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id)
         with autocast(precision, model.config.hidden_size, device):
             _, decoded = converse(
-                model,
+                partial(generate, model),
                 tokenizer,
                 [rows[i] if rows else {} for i in chosen],
                 ids.to(device),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from dfpo_core import (
     rewards,
     rollout,
     tracking,
+    train_job,
 )
 from dfpo_core.config import PipelineConfig
 from dfpo_core.critic_model import CriticModel, save_critic
@@ -79,6 +81,7 @@ class Trainer:
         if self.algorithm.critic_name:
             self._add_critic()
         self.guided = self._guided() if self.algorithm.guided else None
+        self.vllm = self._vllm(sft_checkpoint) if self.settings.rollout_engine == "vllm" else None
         self.reference_tokens = self._reference_tokens()
         self.advantage = advantages.registry.get(self.algorithm.advantage_name)(self.algorithm.advantage_config)
         self.policy_loss, self.policy_loss_engine = self._policy_loss()
@@ -124,6 +127,11 @@ class Trainer:
 
         return sharded(module, self.settings.zero_stage, self.bf16())
 
+    def _vllm(self, checkpoint: str):
+        from dfpo_core.engines.vllm import VLLMSampler
+
+        return VLLMSampler(checkpoint, self.config, self.bf16())
+
     def _guided(self) -> GuidedPolicy:
         """The reference with the critic as its guide: what samples, is evaluated and written. Raises UserError for conversations."""
         if self.conversations:
@@ -132,9 +140,9 @@ class Trainer:
         return GuidedPolicy(self.reference, self.critic)
 
     @contextmanager
-    def acting(self) -> Iterator[torch.nn.Module]:
-        """The policy as it stands, all its weights present."""
-        with self.policy.gathered() as tokens:
+    def acting(self, exact: bool = True) -> Iterator[torch.nn.Module]:
+        """The policy as it stands, all its weights present; not `exact` is enough to sample with under `autocast`."""
+        with self.policy.gathered(exact) as tokens:
             yield self.guided or tokens.model
 
     def _policy_loss(self):
@@ -156,7 +164,11 @@ class Trainer:
         generated = time.perf_counter()
         everyone = batch.everywhere()
         token_rewards = self.token_rewards(everyone)
-        metrics = self.rollout_metrics(everyone) | self.conversation_metrics(everyone, distributed.gather_list(texts))
+        metrics = (
+            self.rollout_metrics(everyone)
+            | self.sampler_metrics(everyone)
+            | self.conversation_metrics(everyone, distributed.gather_list(texts))
+        )
         old_hidden = self.critic_hidden(batch)
         own_returns, own_values = self.estimate(old_hidden)
         returns, values = (None if t is None else distributed.gather_rows(t) for t in (own_returns, own_values))
@@ -167,6 +179,8 @@ class Trainer:
         )
         # From here on everything is this process's share of the batch again.
         token_rewards, advantages = (distributed.own_rows(t, batch.mask) for t in (token_rewards, advantage.advantages))
+        if self.vllm and self.settings.importance_cap:
+            advantages = advantages * importance_weights(batch, self.settings.importance_cap)
         updates: list[dict[str, float]] = []
         for prompts_chosen in self.minibatches():
             update = {}
@@ -193,9 +207,9 @@ class Trainer:
         ids, mask = ids.to(self.device), mask.to(self.device)
         guided_tokens = self.guided_tokens() if self.guided else None
         first = share.start * s.samples_per_prompt
-        with self.autocast(), self.acting() as policy, distributed.together(TrainingDiverged):
+        with self.autocast(), self.acting(exact=False) as policy, distributed.together(TrainingDiverged):
             generation, texts = rollout.converse(
-                policy,
+                self.sampler(policy),
                 self.tokenizer,
                 [self.rows[i] for i in chosen],
                 ids,
@@ -218,6 +232,7 @@ class Trainer:
             mask=generation.mask,
             attention_mask=generation.attention_mask,
             log_probs=generation.log_probs,
+            sampler_log_probs=generation.log_probs,
             reference_log_probs=torch.zeros_like(generation.log_probs),
             entropy=generation.entropy,
             rewards=torch.tensor(noisy, dtype=torch.float32, device=self.device),
@@ -228,9 +243,19 @@ class Trainer:
         )
         # The cached decode and the batched pass differ by rounding, so both sides of every ratio come from the batched pass.
         batch = replace(batch, reference_log_probs=self.score_tokens(self.reference_tokens, batch))
+        if self.vllm:
+            log_probs, entropy = self.score(self.policy, batch)
+            return replace(batch, log_probs=log_probs, entropy=entropy), texts
         if s.epochs * s.minibatches > 1 and not self.guided:
             batch = replace(batch, log_probs=self.score_tokens(self.policy, batch))
         return batch, texts
+
+    def sampler(self, policy: torch.nn.Module):
+        """What samples responses with the policy's weights as they stand."""
+        if not self.vllm:
+            return partial(rollout.generate, policy)
+        self.vllm.load(lora.merged_state(policy).items())
+        return self.vllm
 
     def guided_tokens(self) -> Tensor:
         """(B,) tokens of each response that the guided policy samples before the reference goes on: uniform, none and all included."""
@@ -254,10 +279,15 @@ class Trainer:
         return result
 
     @torch.no_grad()
-    def score_tokens(self, tokens, batch: Rollout) -> Tensor:
-        """(B, T) log-probabilities of the sampled tokens under a model that reads them, a ResponseTokens or its engine."""
+    def score(self, tokens, batch: Rollout) -> tuple[Tensor, Tensor]:
+        """(log-probabilities of the sampled tokens, entropies), both (B, T), of a model that reads them, a ResponseTokens or its engine."""
         with self.autocast():
-            return torch.cat([tokens(*part.sequences)[0] for part in self.micro_batches(batch)])
+            parts = [tokens(*part.sequences)[:2] for part in self.micro_batches(batch)]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+    def score_tokens(self, tokens, batch: Rollout) -> Tensor:
+        """The log-probabilities of `score`."""
+        return self.score(tokens, batch)[0]
 
     def token_rewards(self, batch: Rollout) -> Tensor:
         """r_t = -beta KL_t + 1[t = T] R, (B, T); the sequence reward sits on the last valid token."""
@@ -390,6 +420,18 @@ class Trainer:
             "reward/failed_checks": float(sum(pool.take_failures().values())),
         }
 
+    def sampler_metrics(self, batch: Rollout) -> dict[str, float]:
+        """How far the probabilities of vLLM are from the policy's. Empty where the policy itself samples."""
+        if not self.vllm:
+            return {}
+        difference, cap = batch.sampler_log_probs - batch.log_probs, self.settings.importance_cap
+        cut = (-difference).exp() > (cap or torch.inf)
+        return {
+            "rollout/sampler_kl": masked_mean(difference, batch.mask).item(),
+            "rollout/sampler_difference": masked_mean(difference.abs(), batch.mask).item(),
+            "rollout/truncated_weights": masked_mean(cut.float(), batch.mask).item(),
+        }
+
     def conversation_metrics(self, batch: Rollout, texts: list[str]) -> dict[str, float]:
         """How the step's conversations went: turns of the policy, and the mean of every rate. Empty without conversations."""
         rows = [self.row_of[row_id] for row_id in batch.row_ids]
@@ -473,6 +515,16 @@ class Trainer:
         self.steps_done, self.history = state["step"], state["history"]
 
 
+def importance_weights(batch: Rollout, cap: float) -> Tensor:
+    """min(p_policy / p_sampler, cap) of each sampled token, without gradient: (B, T).
+
+    Truncated importance sampling between training and rollout engine (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training"). Masked positions get 1.
+    """
+    log_ratio = torch.where(batch.mask > 0, batch.log_probs - batch.sampler_log_probs, torch.zeros_like(batch.log_probs))
+    return log_ratio.exp().clamp(max=cap)
+
+
 def returns_to_go(token_rewards: Tensor) -> Tensor:
     """Undiscounted sum of the rewards from each token on: (B, T) -> (B, T)."""
     return token_rewards.flip(-1).cumsum(-1).flip(-1)
@@ -531,6 +583,9 @@ def run(
         "critic_output": str(critic_output),
     }
     with tracking.step_run(config, "train", parent_run_id) as step_run:
+        if train_job.wanted(config):
+            folder = checkpoint_uri(config, pipeline_run_id).rstrip("/") + "-job"
+            return train_job.train(config, folder, step_run.run_id, arguments), step_run.run_id
         count = launch.processes(config)
         if count > 1:
             return launch.train(config, count, step_run.run_id, arguments), step_run.run_id

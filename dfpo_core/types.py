@@ -26,7 +26,8 @@ class Rollout:
     response_ids: Tensor  # (B, T) int64, EOS included
     mask: Tensor  # (B, T) float, 1 on tokens of the policy, each EOS included
     attention_mask: Tensor  # (B, T) float, 1 on every token that is no padding
-    log_probs: Tensor  # (B, T) under the policy that sampled
+    log_probs: Tensor  # (B, T) under the policy that sampled, as the training computes them
+    sampler_log_probs: Tensor  # (B, T) as the rollout engine computed them
     reference_log_probs: Tensor  # (B, T) under the frozen reference policy
     entropy: Tensor  # (B, T) of the sampling distribution
     rewards: Tensor  # (B,) what training sees (noisy)

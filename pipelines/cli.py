@@ -69,11 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("doctor", doctor, "versions, accelerators, threads, disk, caches and tracking store", default_config=True)
     planning = add("plan", plan, "memory of the training step on one GPU, and whether it fits")
     planning.add_argument("--gpu-memory", metavar="SIZE", default="", help="memory of one GPU, e.g. 80GiB (cluster.gpu_memory)")
-    planning.add_argument("--gpus", metavar="N", type=int, default=0, help="GPUs (cluster.gpu_count)")
-    planning.add_argument(
-        "--zero-stage", type=int, choices=range(4), help="DeepSpeed's ZeRO stage over the GPUs; default: the plain engine"
-    )
-    planning.add_argument("--gradient-checkpointing", action="store_true", help="keep only the inputs of the layers")
+    planning.add_argument("--gpus", metavar="N", type=int, default=0, help="GPUs (train.processes, or else cluster.gpu_count)")
     planning.add_argument("--model-config", metavar="FILE", default="", help="config.json of the model, or its folder")
     printing = add("config", show_config, "the resolved configuration, as the pipeline's JSON or with descriptions", default_config=True)
     printing.add_argument("--describe", action="store_true", help="every field with its value and description")
@@ -429,7 +425,7 @@ def plan(arguments: argparse.Namespace) -> int:
         raise UserError("--gpus", f"{arguments.gpus} is below 0", "give a number of GPUs")
     given = arguments.gpu_memory or config.cluster.gpu_memory
     memory = planning.read_bytes(given, "--gpu-memory" if arguments.gpu_memory else "cluster.gpu_memory") if given else 0
-    estimate = planning.plan(config, arguments.model_config, arguments.gpus, arguments.zero_stage, arguments.gradient_checkpointing)
+    estimate = planning.plan(config, arguments.model_config, arguments.gpus)
     print(planning.render(estimate, memory))
     return 0 if not memory or planning.fits(estimate, memory) else 1
 

@@ -26,12 +26,11 @@ from components.prepare_data.component import prepare_data
 from components.promote.component import promote
 from components.sft.component import sft
 from components.train.component import train
-from dfpo_core.config import VOTED_KINDS, ClusterConfig, PipelineConfig, load_config
+from dfpo_core.config import MLFLOW_KEYS, OBJECT_STORE_KEYS, VOTED_KINDS, ClusterConfig, PipelineConfig, load_config
 from dfpo_core.errors import UserError
+from dfpo_core.preflight import check_nodes
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
-OBJECT_STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
-MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 NAME = "dfpo"
 LONGEST_CONFIG = 120_000
 
@@ -99,7 +98,8 @@ def make_pipeline(pipeline_config: PipelineConfig):
             judged = evaluate(**common, data=labelled, sft_checkpoint=checkpoint, **models)
             decided = promote(**common, train_run_id=trained.outputs["train_run_id"], evaluation=judged.outputs["evaluation"])
 
-        on_cpu, on_gpu = [closing, checked, prepared, decided], [warm, trained, judged]
+        on_cpu, on_gpu = [closing, checked, prepared, decided], [warm, judged]
+        (on_cpu if cluster.nodes > 1 else on_gpu).append(trained)  # a TrainJob's pods have the accelerators; the step waits
         (on_gpu if pipeline_config.noise.kind in VOTED_KINDS else on_cpu).append(noisy)  # labels by vote need the model
         for task in on_cpu:
             task.set_container_image(image)
@@ -171,6 +171,7 @@ def compile_pipeline(config: PipelineConfig, path: str | Path) -> None:
     """
     from kfp import compiler
 
+    check_nodes(config)
     size = len(json.dumps(config.to_json()).encode())
     if size > LONGEST_CONFIG:
         raise UserError(

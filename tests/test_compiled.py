@@ -260,3 +260,15 @@ def test_component_readmes_are_generated_from_the_code():
     for step in STEPS:
         written = (ROOT / "components" / step / "README.md").read_text(encoding="utf-8")
         assert written == render(step), "run `make compile` and commit the result"
+
+
+def test_with_several_nodes_the_training_step_waits_without_an_accelerator(tmp_path):
+    cluster = ["cluster.gpu_count=8", "cluster.gpu_image=registry.example/dfpo-gpu:1", "tracking.uri=http://mlflow:5000"]
+    cluster += ["train.checkpoint_uri=s3://bucket/{run}"]
+    for nodes, steps in ((1, GPU_STEPS), (2, GPU_STEPS - {"exec-train"})):
+        compile_pipeline(load_config(TINY, [*cluster, f"cluster.nodes={nodes}"]), tmp_path / "pipeline.yaml")
+        executors = executors_of(parse(tmp_path / "pipeline.yaml")[0])
+        assert {name for name, executor in executors.items() if executor.container.resources.HasField("accelerator")} == steps
+    with pytest.raises(UserError) as refused:
+        compile_pipeline(load_config(TINY, ["cluster.nodes=2"]), tmp_path / "pipeline.yaml")
+    assert refused.value.field == "train.checkpoint_uri"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def sample(tiny, rows, samples=2, seed=1, **limits):
     ids, mask = rollout.pad_left(prompts.encode(tokenizer, rows, PROMPT), tokenizer.pad_token_id)
     streams = rollout.sampling_streams(seed, 0, 0, len(rows) * samples)
     settings = LIMITS | {"samples_per_prompt": samples, "temperature": 1.0, "streams": streams} | limits
-    return (ids, mask, *rollout.converse(model, tokenizer, rows, ids, mask, **settings))
+    return (ids, mask, *rollout.converse(partial(rollout.generate, model), tokenizer, rows, ids, mask, **settings))
 
 
 def runs(mask: torch.Tensor) -> list[int]:

@@ -136,15 +136,15 @@ def test_a_mistake_found_in_a_process_is_the_steps_one_line(tmp_path, warm, capf
 
 
 def test_what_a_process_leaves_behind_decides_what_the_step_raises(tmp_path):
-    with pytest.raises(RuntimeError, match="ended with code 1"):
-        launch.result_of(tmp_path, 1)
+    with pytest.raises(RuntimeError, match="without a result"):
+        launch.result_of(tmp_path, "")
     (tmp_path / "result.json").write_text('{"critic/loss": 1.5}')
-    assert launch.result_of(tmp_path, 0) == {"critic/loss": 1.5}
+    assert launch.result_of(tmp_path, "") == {"critic/loss": 1.5}
     with pytest.raises(RuntimeError, match="ended with code -9"):
-        launch.result_of(tmp_path, -9)
+        launch.result_of(tmp_path, "a process ended with code -9")
     (tmp_path / "failure-1.json").write_text('{"kind": "TrainingDiverged", "arguments": ["the loss is nan"]}')
     with pytest.raises(TrainingDiverged, match="the loss is nan"):
-        launch.result_of(tmp_path, 1)
+        launch.result_of(tmp_path, "a process ended with code 1")
 
 
 def test_more_processes_than_gpus_is_one_line(tmp_path, monkeypatch):

@@ -11,12 +11,15 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dfpo_core import algorithms, checkpoint, train
+from dfpo_core import algorithms, checkpoint, rollout, train
+from dfpo_core.config import TrainConfig
 from dfpo_core.errors import TrainingDiverged, UserError
+from dfpo_core.models import load_policy
 from dfpo_core.rollout import ResponseHidden
 from tests.training import Untracked, rows_of_sums, tiny_config, warm_checkpoint
 
@@ -265,3 +268,75 @@ def test_a_row_without_a_label_earns_nothing_and_the_step_goes_on(tmp_path, warm
     batch, _ = trainer.sample()
     assert batch.rewards.sum() == 0
     assert trainer.judged([rows[0], rows_of_sums()[1]], ["0", rows_of_sums()[1]["label"]]) == [0.0, 1.0]
+
+
+# --- a rollout engine whose probabilities are not the trainer's --------------------------------------------------------------
+
+
+class Sampler:
+    """Samples as the policy does, and says that every token was `factor` times as likely."""
+
+    def __init__(self, factor: float):
+        self.factor, self.loaded = factor, 0
+
+    def load(self, weights) -> None:
+        self.model.load_state_dict(dict(weights))
+        self.loaded += 1
+
+    def __call__(self, *prompts, **settings):
+        found = rollout.generate(self.model, *prompts, **settings)
+        return replace(found, log_probs=(found.log_probs + math.log(self.factor)) * found.mask, entropy=torch.zeros_like(found.entropy))
+
+
+def with_sampler(home, warm, factor: float, **settings):
+    """A trainer whose rollout engine is a Sampler."""
+    home.mkdir()
+    trainer = train.Trainer(tiny_config(home, settings), warm, rows_of_sums())
+    trainer.vllm = Sampler(factor)
+    trainer.vllm.model, _ = load_policy(warm, home)
+    return trainer
+
+
+def test_importance_weights_by_hand():
+    policy, sampler = torch.tensor([[0.5, 0.2, 0.9], [0.3, 0.1, 0.5]]).log(), torch.tensor([[0.25, 0.4, 0.1], [0.3, 0.2, 0.5]]).log()
+    batch = SimpleNamespace(log_probs=policy, sampler_log_probs=sampler, mask=torch.tensor([[1.0, 1, 1], [1, 0, 0]]))
+    assert train.importance_weights(batch, 3.0).tolist() == [pytest.approx([2.0, 0.5, 3.0]), pytest.approx([1.0, 1.0, 1.0])]
+
+
+def test_an_engine_with_the_policys_probabilities_trains_as_the_policy_does(tmp_path, warm):
+    trainer, plain = with_sampler(tmp_path / "a", warm, 1.0), train.Trainer(tiny_config(tmp_path), warm, rows_of_sums())
+    curves = [[t.step() for _ in range(3)] for t in (trainer, plain)]
+    for ours, theirs in zip(*curves, strict=True):
+        assert ours["rollout/sampler_difference"] < 1e-5
+        for key in ("policy/loss", "critic/loss", "policy/gradient_norm", "policy/entropy"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6)
+    assert trainer.vllm.loaded == 3
+
+
+@pytest.mark.parametrize(
+    ("factor", "cap", "weight", "cut"), [(0.5, 4.0, 2.0, 0.0), (0.1, 2.0, 2.0, 1.0), (2.0, 2.0, 0.5, 0.0), (0.5, 0.0, 1.0, 0.0)]
+)
+def test_tokens_count_by_the_truncated_ratio_and_the_mismatch_is_logged(tmp_path, warm, factor, cap, weight, cut):
+    trainer = with_sampler(tmp_path / "a", warm, factor, importance_cap=cap)
+    plain = with_sampler(tmp_path / "b", warm, 1.0)
+    metrics, _ = trainer.step(), plain.step()
+    assert metrics["rollout/sampler_kl"] == pytest.approx(math.log(factor), abs=1e-4)
+    assert metrics["rollout/sampler_difference"] == pytest.approx(abs(math.log(factor)), abs=1e-4)
+    assert metrics["rollout/truncated_weights"] == pytest.approx(cut)
+    mask = plain.last.batch.mask > 0
+    assert torch.allclose(trainer.last.advantages[mask], weight * plain.last.advantages[mask], atol=1e-4)
+    assert plain.last.advantages[mask].abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("algorithm", "field"), [("flowrl", "train.importance_cap"), ("q_sharp", "train.rollout_engine")])
+def test_what_vllm_cannot_sample_for_is_one_line(algorithm, field):
+    with pytest.raises(UserError) as refused:
+        algorithms.resolve(TrainConfig(algorithm=algorithm, rollout_engine="vllm"))
+    assert refused.value.field == field
+
+
+def test_vllm_that_is_not_installed_is_one_line(tmp_path, warm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "")
+    with pytest.raises(UserError, match="vllm is not installed"):
+        train.Trainer(tiny_config(tmp_path, {"rollout_engine": "vllm"}), warm, rows_of_sums())

@@ -140,6 +140,8 @@ def _check_guided(algorithm: Algorithm, train: TrainConfig, needs_critic: bool) 
     if needs_critic:
         problem = f"the advantage needs a value, and {name} knows only tokens"
         raise UserError("train.advantage.name", problem, "use reinforce_pp: the advantage is only logged")
+    if train.rollout_engine == "vllm":
+        raise UserError("train.rollout_engine", f"{name} samples with two models at once", "use hf")
     if train.kl_coefficient:
         raise UserError("train.kl_coefficient", f"{name} weighs the KL itself", "set it to 0 and train.critic.eta instead")
 
@@ -155,5 +157,7 @@ def _check_policy_loss(algorithm: Algorithm, train: TrainConfig) -> None:
         return
     if train.kl_coefficient and "kl_weight" not in type(config).model_fields:
         raise UserError("train.kl_coefficient", f"{name} already compares with the reference policy in its residual", "set it to 0")
+    if name == "flowrl" and train.rollout_engine == "vllm" and train.importance_cap:
+        raise UserError("train.importance_cap", "flowrl weighs whole responses, not tokens", "set it to 0, or use rollout_engine hf")
     if name == "flowrl" and algorithm.advantage_name != "group":
         raise UserError("train.advantage.name", "flowrl takes the group-normalised reward as r", "use the group advantage")

@@ -4,7 +4,7 @@ One interface, in every process of a run at once:
     engine(...)                 the module's forward pass
     backward(loss, last)        add a gradient; `last` with the last one before a step. Losses and gradients add up over the processes
     step(factor) -> norm        clip, update, clear
-    gathered()                  context: the module with all its weights present, to generate with and to save
+    gathered(exact)             context: the module with all its weights present; not exact: as products under autocast see them
     save(folder), load(folder)  weights and optimizer state, exactly
 """
 

@@ -22,6 +22,8 @@ from dfpo_core.engines.pytorch import check_finite, check_norm
 from dfpo_core.errors import UserError
 
 TAG = "engine"
+BUCKET = 5 * 10**7
+"""Gradients that are sent at once, at most. From stage 1 on DeepSpeed holds memory for as many, whatever the size of the model."""
 
 
 def library() -> Any:
@@ -45,13 +47,13 @@ def library() -> Any:
     return deepspeed
 
 
-def configuration(stage: int, max_grad_norm: float, bf16: bool) -> dict[str, Any]:
+def configuration(stage: int, max_grad_norm: float, bf16: bool, trained: int = BUCKET) -> dict[str, Any]:
     """DeepSpeed's own configuration. Sizes of batches are the trainer's: it says which backward pass is the last before a step."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": min(BUCKET, trained)},
         # No module on the list: DeepSpeed would send the weights of those as bf16, and what is gathered would not be what is trained.
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "zero_allow_untested_optimizer": True,
@@ -65,14 +67,14 @@ class DeepSpeedEngine:
     def __init__(
         self, module: nn.Module, name: str, learning_rate: float, stage: int, weight_decay: float, max_grad_norm: float, bf16: bool = False
     ):
-        self.name, self.learning_rate, self.stage = name, learning_rate, stage
+        self.name, self.learning_rate, self.stage, self.bf16 = name, learning_rate, stage, bf16
         self.library = library()
         self.plain = without_weights(module) if stage == 3 else None
         trained = [p for p in module.parameters() if p.requires_grad]
         self.engine, *_ = self.library.initialize(
             model=module,
             optimizer=torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay),
-            config=configuration(stage, max_grad_norm, bf16),
+            config=configuration(stage, max_grad_norm, bf16, sum(p.numel() for p in trained)),
         )
         self.module = self.engine.module
 
@@ -106,19 +108,26 @@ class DeepSpeedEngine:
         return norm
 
     @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
-        """Stage 3: a copy of the module whose weights are, inside the context, the gathered ones: it has none of DeepSpeed's hooks."""
+    def gathered(self, exact: bool = True) -> Iterator[nn.Module]:
+        """Stage 3: a copy of the module whose weights are, inside the context, the gathered ones: it has none of DeepSpeed's hooks.
+
+        Gathered one by one, so that what goes over the wire is there once more for one of them only.
+        """
         if self.stage < 3:
             yield self.module
             return
+        lower = set() if exact or not self.bf16 else product_weights(self.module)
+        whole: dict[int, Tensor] = {}
+        for p in self.module.parameters():
+            with self.library.zero.GatheredParameters([p]):
+                whole[id(p)] = p.data.to(torch.bfloat16 if id(p) in lower else p.dtype, copy=True)
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
-        with self.library.zero.GatheredParameters(list(self.module.parameters())):
-            self.plain.load_state_dict({name: p.data for name, p in parameters.items()}, assign=True, strict=False)
-            try:
-                yield self.plain
-            finally:
-                empty = {name: torch.empty(p.ds_shape, device="meta") for name, p in parameters.items()}
-                self.plain.load_state_dict(empty, assign=True, strict=False)
+        self.plain.load_state_dict({name: whole[id(p)] for name, p in parameters.items()}, assign=True, strict=False)
+        try:
+            yield self.plain
+        finally:
+            empty = {name: torch.empty(p.ds_shape, device="meta") for name, p in parameters.items()}
+            self.plain.load_state_dict(empty, assign=True, strict=False)
 
     def save(self, folder: Path) -> None:
         """Every process writes its shard of weights and optimizer state."""
@@ -137,6 +146,12 @@ def sharded(module: nn.Module, stage: int, bf16: bool = False) -> nn.Module:
         return module
     engine, *_ = library().initialize(model=module, config=configuration(stage, 0.0, bf16))
     return engine
+
+
+def product_weights(module: nn.Module) -> set[int]:
+    """The ids of the weights that enter products only, which autocast casts before each: those of linear layers that embed nothing."""
+    linear = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Linear)}
+    return linear - {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
 
 
 def without_weights(module: nn.Module) -> nn.Module:

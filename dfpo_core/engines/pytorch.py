@@ -59,7 +59,7 @@ class TorchEngine:
         return norm
 
     @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
+    def gathered(self, exact: bool = True) -> Iterator[nn.Module]:
         yield self.module
 
     def save(self, folder: Path) -> None:
