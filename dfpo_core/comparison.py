@@ -93,6 +93,16 @@ def load(path: str | Path) -> ComparisonConfig:
     return parse(start | values | shared)
 
 
+def limited(study: ComparisonConfig, settings: list[str]) -> ComparisonConfig:
+    """The part of a study in the given settings; its cells are the study's own. Raises UserError for a setting that it does not have."""
+    for name in settings:
+        if name not in study.settings:
+            raise UserError("--settings", f"{name!r} is no setting of {study.name}", f"choose from: {', '.join(study.settings)}")
+    kept = {name: overrides for name, overrides in study.settings.items() if name in settings}
+    only = {name: algorithms for name, algorithms in study.only.items() if name in kept}
+    return study.model_copy(update={"settings": kept, "only": only, "noisy": [name for name in study.noisy if name in kept]})
+
+
 def _read(path: Path) -> dict[str, Any]:
     import yaml
 

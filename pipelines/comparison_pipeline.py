@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("study", metavar="STUDY", nargs="?", default=str(DEFAULT_STUDY), help="YAML file (robustness.yaml)")
         sub.add_argument("-o", "--output", required=True, help="file to write" if name == "compile" else "folder of the cells and results")
         sub.add_argument("--width", type=int, default=0 if name == "compile" else 1, help="cells at once (compile: 0 sets no limit)")
+        sub.add_argument("--settings", metavar="NAME", nargs="+", default=[], help="only the cells of these settings (all)")
         sub.set_defaults(action=action)
     parsed = parser.parse_args(arguments)
     try:
@@ -84,8 +85,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _study(parsed: argparse.Namespace) -> comparison.ComparisonConfig:
+    study = comparison.load(parsed.study)
+    return comparison.limited(study, parsed.settings) if parsed.settings else study
+
+
 def _compile(parsed: argparse.Namespace) -> int:
-    compile_study(comparison.load(parsed.study), parsed.output, parsed.width)
+    compile_study(_study(parsed), parsed.output, parsed.width)
     print(f"wrote {parsed.output}")
     return 0
 
@@ -93,7 +99,7 @@ def _compile(parsed: argparse.Namespace) -> int:
 def _run(parsed: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    study = comparison.load(parsed.study)
+    study = _study(parsed)
     parent = comparison.open_parent(study)
     done = len(comparison.finished(study, parsed.output))
     with tqdm(total=len(comparison.cells(study)), initial=done, unit="cell", disable=None) as bar:
