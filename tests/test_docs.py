@@ -114,7 +114,7 @@ def test_the_configuration_of_the_page_can_be_submitted(tmp_path):
 def test_the_mlflow_server_of_the_page_knows_the_name_that_the_configuration_uses():
     blocks = yaml_blocks(CLUSTER)
     (config,) = [block[0] for block in blocks if "cluster" in block[0]]
-    (manifests,) = [block for block in blocks if "kind" in block[0]]
+    (manifests,) = [block for block in blocks if "Deployment" in {document.get("kind") for document in block}]
     deployment, service, claim = (next(m for m in manifests if m["kind"] == k) for k in ("Deployment", "Service", "PersistentVolumeClaim"))
     pod = deployment["spec"]["template"]
     (container,) = pod["spec"]["containers"]
