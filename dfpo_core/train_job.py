@@ -12,9 +12,12 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from dfpo_core.errors import UserError
 INPUTS, OUTPUTS = ("data", "sft_checkpoint"), ("policy_output", "critic_output")
 NODE = "node"  # of the runtime: the replicated job, and its container
 POLL_SECONDS = 10
+LOST_POLLS = 30  # in a row, after which the cluster's API counts as gone
 FOREVER = 10 * 365 * 24 * 3600
 
 
@@ -52,7 +56,8 @@ def train(config: PipelineConfig, uri: str, run_id: str, arguments: dict[str, st
     _stage(config, uri, run_id, arguments)
     client.train(**request(config, uri, name))
     print(f"TrainJob {name}: {config.cluster.nodes} nodes, {processes_a_node(config)} process(es) on each", flush=True)
-    status = _wait(client, name, config.cluster.timeout_seconds or FOREVER)
+    with _deleted_if_stopped(client, name):
+        status = _wait(client, name, config.cluster.timeout_seconds or FOREVER)
     fs, folder = url_to_fs(uri)
     with tempfile.TemporaryDirectory() as local:
         _download(fs, folder, local, depth=1)
@@ -116,25 +121,58 @@ def _patch(cluster: ClusterConfig):
 
 def _clear(client, name: str) -> None:
     """Delete the job of this name, if there is one, and wait until it is gone."""
-    found = name in {job.name for job in client.list_jobs()}
-    if found:
-        client.delete_job(name)
-    while found:
+    if not _exists(client, name):
+        return
+    client.delete_job(name)
+    while _exists(client, name):
         time.sleep(POLL_SECONDS / 10)
-        found = name in {job.name for job in client.list_jobs()}
+
+
+def _exists(client, name: str) -> bool:
+    try:
+        return bool(client.get_job(name))
+    except RuntimeError as error:
+        if getattr(error.__cause__, "status", None) == 404:
+            return False
+        raise
+
+
+@contextmanager
+def _deleted_if_stopped(client, name: str) -> Iterator[None]:
+    """Delete the job where the step ends before it: cancelled with the pipeline run (SIGTERM), interrupted, or out of time."""
+
+    def stop(*_) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt, TimeoutError):
+        client.delete_job(name)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wait(client, name: str, seconds: int) -> str:
-    """Print the first node's log as it comes, until the job is Complete or Failed. Raises TimeoutError, and deletes the job then."""
-    deadline, seen = time.monotonic() + seconds, 0
+    """Print the first node's log as it comes, until the job is Complete or Failed. Raises TimeoutError after so many seconds.
+
+    A look that fails is made again; RuntimeError where LOST_POLLS in a row do.
+    """
+    deadline, seen, lost = time.monotonic() + seconds, 0, 0
     while True:
-        job = client.get_job(name)
-        if job.status != "Created":
+        try:
+            status, lost = client.get_job(name).status, 0
+        except (RuntimeError, TimeoutError) as error:
+            status, lost = "Unknown", lost + 1
+            print(f"TrainJob {name} cannot be seen now: {error.__cause__ or error}", flush=True)
+            if lost == LOST_POLLS:
+                raise RuntimeError(f"TrainJob {name} could not be seen {lost} times in a row; it may still run") from error
+        if status not in ("Created", "Unknown"):
             seen = _print_log(client, name, seen)
-        if job.status in ("Complete", "Failed"):
-            return job.status
+        if status in ("Complete", "Failed"):
+            return status
         if time.monotonic() > deadline:
-            client.delete_job(name)
             raise TimeoutError(f"TrainJob {name} ran past cluster.timeout_seconds ({seconds} s) and was deleted; a retry resumes")
         time.sleep(POLL_SECONDS)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import threading
 
 import pytest
 from mlflow import MlflowClient
@@ -161,13 +164,42 @@ def broken(warm, folder) -> str:
     return str(folder / "broken")
 
 
-def test_a_job_past_its_time_is_deleted(server, tmp_path):
+@pytest.fixture
+def waiting(server, tmp_path):
+    """A client of a server on which the job dfpo-1 waits for its pods for ever."""
     server.runs = False
-    config = tiny_config(tmp_path, cluster={"nodes": 2, "timeout_seconds": 1})
-    server.client().train(**train_job.request(config, "/mnt/run-job", "dfpo-1"))
-    with pytest.raises(TimeoutError, match=r"TrainJob dfpo-1 ran past cluster.timeout_seconds \(1 s\)"):
-        train_job._wait(server.client(), "dfpo-1", 1)
+    client = server.client()
+    client.train(**train_job.request(tiny_config(tmp_path, cluster={"nodes": 2}), "/mnt/run-job", "dfpo-1"))
+    return client
+
+
+def test_a_job_past_its_time_is_deleted(server, waiting):
+    message = r"TrainJob dfpo-1 ran past cluster.timeout_seconds \(1 s\)"
+    with pytest.raises(TimeoutError, match=message), train_job._deleted_if_stopped(waiting, "dfpo-1"):
+        train_job._wait(waiting, "dfpo-1", 1)
     assert not server.jobs
+
+
+def test_a_cancelled_step_takes_its_job_along(server, waiting):
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit) as ended, train_job._deleted_if_stopped(waiting, "dfpo-1"):
+        train_job._wait(waiting, "dfpo-1", 60)
+    assert ended.value.code == 143
+    assert not server.jobs
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_api_server_that_is_away_for_a_while_is_asked_again(server, waiting, monkeypatch, capsys):
+    server.job_fails = 2
+    with pytest.raises(TimeoutError):
+        train_job._wait(waiting, "dfpo-1", 2)
+    assert capsys.readouterr().out.count("cannot be seen now") == 2
+    monkeypatch.setattr(train_job, "LOST_POLLS", 3)
+    server.job_fails = 100
+    with pytest.raises(RuntimeError, match="could not be seen 3 times in a row; it may still run"):
+        train_job._wait(waiting, "dfpo-1", 60)
+    assert server.jobs  # it is not known whether it runs
 
 
 def test_a_job_that_an_earlier_try_left_is_deleted_first(server, monkeypatch, tmp_path, warm):

@@ -49,10 +49,14 @@ RUNTIME = {
 
 
 class TrainerServer:
-    """`jobs` holds TrainJobs by name, `requests` what was asked. `runs`: whether jobs are executed; `log_fails`: reads that get a 500."""
+    """`jobs` holds TrainJobs by name, `requests` what was asked. `runs`: whether jobs are executed.
+
+    `log_fails` and `job_fails` are the next reads of a log and of a job that get a 500.
+    """
 
     def __init__(self, folder: Path, runs: bool = True):
         self.folder, self.runs, self.log_fails = folder, runs, 0
+        self.job_fails = 0
         self.jobs: dict[str, dict[str, Any]] = {}
         self.processes: dict[str, list[subprocess.Popen]] = {}
         self.requests: list[tuple[str, str]] = []
@@ -153,6 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.command == "GET" and url.path == JOBS:
             kind = {"apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJobList", "metadata": {}}
             self._answer(200, kind | {"items": [state.show(name) for name in state.jobs]})
+        elif job and state.job_fails and self.command == "GET":
+            state.job_fails -= 1
+            self._answer(500, {"kind": "Status", "message": "the API server restarts"})
         elif job and job[1] in state.jobs and self.command == "GET":
             self._answer(200, state.show(job[1]))
         elif job and job[1] in state.jobs and self.command == "DELETE":
