@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 
 import pytest
@@ -240,3 +241,9 @@ def test_nodes_must_see_one_store(tmp_path, uri, tracking, cluster, field):
 def test_a_local_run_ignores_the_nodes(tmp_path, monkeypatch):
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     assert not train_job.wanted(tiny_config(tmp_path, cluster={"nodes": 2}))
+
+
+def test_an_image_without_the_sdk_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kubeflow.trainer", None)
+    with pytest.raises(UserError, match="cluster.nodes: kubeflow is not installed in the image"):
+        train_job.train(tiny_config(tmp_path, cluster={"nodes": 2}), "s3://bucket/job", "run", {})
