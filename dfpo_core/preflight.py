@@ -27,7 +27,7 @@ PARAMETERS = {  # parameters of the pipeline that override one value of the conf
     "steps": "train.steps",
     "learning_rate": "train.learning_rate",
 }
-REPORTED_PACKAGES = ("dfpo", "torch", "transformers", "deepspeed", "mlflow", "kfp", "reasoning-gym")
+REPORTED_PACKAGES = ("dfpo", "torch", "transformers", "deepspeed", "vllm", "mlflow", "kfp", "kubeflow", "reasoning-gym")
 CACHE_VARIABLES = ("HF_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
 
 
