@@ -61,8 +61,8 @@ def compile_study(study: comparison.ComparisonConfig, path: str | Path, parallel
     compiler.Compiler().compile(make_pipeline(study, parallelism), str(path))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Exit code 0; 2 with one line for a user's mistake; 130 after Ctrl-C."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
     parser = argparse.ArgumentParser(prog="comparison_pipeline.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, action, text in (("compile", _compile, "write the compiled pipeline"), ("run", _run, "run the cells on this machine")):
@@ -72,7 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("--width", type=int, default=0 if name == "compile" else 1, help="cells at once (compile: 0 sets no limit)")
         sub.add_argument("--settings", metavar="NAME", nargs="+", default=[], help="only the cells of these settings (all)")
         sub.set_defaults(action=action)
-    parsed = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Exit code 0; 2 with one line for a user's mistake; 130 after Ctrl-C."""
+    parsed = make_parser().parse_args(arguments)
     try:
         if parsed.width < (1 if parsed.action is _run else 0):
             raise UserError("--width", f"{parsed.width} is too small", "give the number of cells at once")

@@ -14,7 +14,7 @@ from conftest import ROOT
 from pydantic import BaseModel
 
 from dfpo_core.config import PipelineConfig, load_config, parse_config
-from pipelines import cli
+from pipelines import cli, comparison_pipeline
 from pipelines.submission import check_for_cluster, warnings_for_cluster
 
 PAGES = [ROOT / "README.md", ROOT / "pipelines" / "CLUSTER.md"]
@@ -52,7 +52,8 @@ def test_every_command_and_option_that_is_named_exists(page):
     text = page.read_text(encoding="utf-8")
     parser = cli._parser()._subparsers._group_actions[0].choices
     assert set(re.findall(r"`dfpo ([a-z]+)", text)) <= set(parser)
-    options = {option for sub in parser.values() for option in sub._option_string_actions}
+    studies = comparison_pipeline.make_parser()._subparsers._group_actions[0].choices
+    options = {option for sub in [*parser.values(), *studies.values()] for option in sub._option_string_actions}
     unknown = set(re.findall(r"`(--[a-z-]+)", text)) - options
     assert unknown <= {"--allowed-hosts"}  # MLflow's
 
