@@ -225,7 +225,9 @@ def main(uri: str) -> None:
     fs, folder = url_to_fs(uri)
     job = json.loads(fs.cat_file(f"{folder}/{launch.JOB}"))
     mounted = isinstance(fs, LocalFileSystem)
-    local = Path(folder) if mounted else Path(tempfile.gettempdir(), "dfpo-" + hashlib.sha256(uri.encode()).hexdigest())
+    # The processes of a node share a folder; nodes may share a machine, and torchrun numbers them.
+    name = f"dfpo-{hashlib.sha256(uri.encode()).hexdigest()}-{os.environ.get('GROUP_RANK', '0')}"
+    local = Path(folder) if mounted else Path(tempfile.gettempdir(), name)
     if not mounted and distributed.local_rank() == 0:
         shutil.rmtree(local, ignore_errors=True)
         for key in INPUTS:
