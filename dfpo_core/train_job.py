@@ -32,6 +32,7 @@ INPUTS, OUTPUTS = ("data", "sft_checkpoint"), ("policy_output", "critic_output")
 NODE = "node"  # of the runtime: the replicated job, and its container
 POLL_SECONDS = 10
 LOST_POLLS = 30  # in a row, after which the cluster's API counts as gone
+LAST_LINES = 50  # of the other nodes' logs, where a job fails
 FOREVER = 10 * 365 * 24 * 3600
 
 
@@ -58,6 +59,9 @@ def train(config: PipelineConfig, uri: str, run_id: str, arguments: dict[str, st
     print(f"TrainJob {name}: {config.cluster.nodes} nodes, {processes_a_node(config)} process(es) on each", flush=True)
     with _deleted_if_stopped(client, name):
         status = _wait(client, name, config.cluster.timeout_seconds or FOREVER)
+    for i in range(1, config.cluster.nodes if status == "Failed" else 1):  # the first node's log may only tell that another one is gone
+        print(f"the end of the log of node {i}:", flush=True)
+        _print_log(client, name, 0, f"{NODE}-{i}", LAST_LINES)
     fs, folder = url_to_fs(uri)
     with tempfile.TemporaryDirectory() as local:
         _download(fs, folder, local, depth=1)
@@ -177,14 +181,14 @@ def _wait(client, name: str, seconds: int) -> str:
         time.sleep(POLL_SECONDS)
 
 
-def _print_log(client, name: str, seen: int) -> int:
-    """Print the lines of the first node's log after the first `seen`. A log that cannot be read now is read at the next look."""
+def _print_log(client, name: str, seen: int, step: str = f"{NODE}-0", most: int = 0) -> int:
+    """Print the lines of a node's log after the first `seen`, the last `most` of them (0: all). One that cannot be read now is told."""
     try:
-        lines = list(client.get_job_logs(name, follow=False))
+        lines = list(client.get_job_logs(name, follow=False, step=step))
     except RuntimeError as error:
         print(f"the log of TrainJob {name} cannot be read now: {error.__cause__ or error}", flush=True)
         return seen
-    for line in lines[seen:]:
+    for line in lines[seen:][-most:]:
         print(line, flush=True)
     return max(seen, len(lines))
 
