@@ -319,7 +319,6 @@ class TrackingConfig(Section):
     experiment: str = Field("dfpo", min_length=1, description="experiment name")
 
 
-# Keys of the secrets that pods get as environment variables.
 OBJECT_STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
 MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 QUANTITY_OF_CPU = r"^(([0-9]*\.)?[0-9]+m?)?$"
@@ -358,6 +357,11 @@ class TolerationConfig(Section):
             raise ValueError("a toleration with Exists has no value; use Equal")
         return self
 
+    @property
+    def given(self) -> dict[str, str]:
+        """The fields that say something, by Kubernetes' names."""
+        return {name: value for name, value in self.model_dump().items() if value}
+
 
 class ClusterConfig(Section):
     """What the pods ask for. Ignored by local runs; read when the pipeline is compiled."""
@@ -392,6 +396,12 @@ class ClusterConfig(Section):
     retries: int = Field(2, ge=0, description="retries of the training step; it resumes from checkpoint_uri")
     retry_backoff_seconds: int = Field(60, ge=0, description="wait before the first retry; it doubles with each")
     labels: Labels = Field({}, description="pod labels")
+
+    @property
+    def secrets(self) -> list[tuple[str, tuple[str, ...]]]:
+        """(secret, the keys of it that pods get as environment variables) of each one that is named."""
+        keys = (self.mlflow_secret, MLFLOW_KEYS), (self.hub_secret, ("HF_TOKEN",)), (self.object_store_secret, OBJECT_STORE_KEYS)
+        return [(secret, names) for secret, names in keys if secret]
 
 
 class ArchitectureConfig(Section):
@@ -457,6 +467,11 @@ class PipelineConfig(Section):
         """Tokens of the longest response that training may see; a conversation's own limit where there are some."""
         conversations = any(source.reward == "dialogue" for source in self.data.train)
         return max(self.train.max_new_tokens, self.train.max_conversation_tokens if conversations else 0)
+
+    @property
+    def processes_a_node(self) -> int:
+        """Processes that a pod of the training starts: one an accelerator, where the configuration does not say."""
+        return self.train.processes or self.cluster.gpu_count or 1
 
     @property
     def tracking_uri(self) -> str:

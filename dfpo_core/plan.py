@@ -272,7 +272,7 @@ def plan(config: PipelineConfig, model_config: str = "", gpus: int = 0) -> Plan:
         problem = f"{train.critic_layers} is above the policy's {shape.num_hidden_layers} layers"
         raise UserError("train.critic_layers", problem, f"use 0 to {shape.num_hidden_layers}")
     on_gpu = gpus > 0 or config.cluster.gpu_count > 0
-    gpus = gpus or (train.processes or config.cluster.gpu_count or 1) * config.cluster.nodes
+    gpus = gpus or config.processes_a_node * config.cluster.nodes
     launch.check_shares(train, gpus)
     minibatch = train.prompts_per_step // train.minibatches // gpus
     name = algorithm.critic_name
@@ -323,13 +323,13 @@ def estimate(work: Work) -> Plan:
     adapters = layers * adapter_parameters(shape, work.lora_rank)
     tuned = adapters or policy
     weights_shared, state_shared = (work.gpus if work.zero_stage >= stage else 1 for stage in (3, 1))
-    numbers = (ADAM + FP32 * (work.zero_stage > 0)) // FP32  # of the optimizer, a weight
+    state = ADAM + FP32 * (work.zero_stage > 0)
     resident = {
         "policy weights": (policy + adapters) * FP32 // weights_shared,
-        "policy optimizer": tuned * FP32 * numbers // state_shared,
+        "policy optimizer": tuned * state // state_shared,
         "reference weights": policy * FP32 // weights_shared,
         "critic weights": critic * FP32 // weights_shared,
-        "critic optimizer": trained * FP32 * numbers // state_shared,
+        "critic optimizer": trained * state // state_shared,
     }
     if work.zero_stage == 3:
         resident["gradients"] = (tuned + trained) * FP32 // work.gpus
@@ -379,7 +379,7 @@ def bucket(trained: int) -> int:
 def _gathered_to_sample(work: Work, policy: int) -> int:
     """Bytes of the policy's weights, those of products in their precision."""
     shape = work.shape
-    products = work.shape.num_hidden_layers * layer_parameters(shape)[0]
+    products = shape.num_hidden_layers * layer_parameters(shape)[0]
     products += 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
     return policy * FP32 - products * (FP32 - work.size)
 
@@ -430,7 +430,7 @@ def _update(work: Work, layers: int, trained: int, head: int) -> dict[str, int]:
     else:
         start = layers * layer + max(top, working)
     if work.zero_stage == 3:  # gradients and one bucket are there all the time; what of it is sent is there twice
-        return {"activations": start + bucket(trained)}
+        return {"activations": start, "gradients sent": bucket(trained)}
     shared = {"buckets": bucket(trained)} if work.zero_stage else {}
     gradients = trained * FP32 // (work.gpus if work.zero_stage == 2 else 1)
     if work.minibatch_prompts > work.micro_prompts:  # earlier micro-batches' gradients are there from the start

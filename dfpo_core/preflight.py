@@ -191,8 +191,7 @@ def _algorithm(config: PipelineConfig) -> Iterator[UserError]:
         if not problems:
             from dfpo_core import launch
 
-            processes = (config.train.processes or config.cluster.gpu_count or 1) * config.cluster.nodes
-            yield from _raised(launch.check_shares, config.train, processes)
+            yield from _raised(launch.check_shares, config.train, config.processes_a_node * config.cluster.nodes)
 
 
 def _reward(config: PipelineConfig) -> Iterator[UserError]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -25,7 +26,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from dfpo_core import distributed, launch
-from dfpo_core.config import MLFLOW_KEYS, OBJECT_STORE_KEYS, ClusterConfig, PipelineConfig
+from dfpo_core.config import ClusterConfig, PipelineConfig
 from dfpo_core.errors import UserError
 
 INPUTS, OUTPUTS = ("data", "sft_checkpoint"), ("policy_output", "critic_output")
@@ -33,7 +34,6 @@ NODE = "node"  # of the runtime: the replicated job, and its container
 POLL_SECONDS = 10
 LOST_POLLS = 30  # in a row, after which the cluster's API counts as gone
 LAST_LINES = 50  # of the other nodes' logs, where a job fails
-FOREVER = 10 * 365 * 24 * 3600
 
 
 def wanted(config: PipelineConfig) -> bool:
@@ -52,13 +52,13 @@ def train(config: PipelineConfig, uri: str, run_id: str, arguments: dict[str, st
     except ImportError:
         raise UserError("cluster.nodes", "kubeflow is not installed in the image", "install dfpo[nodes], or use 1") from None
     client = client or TrainerClient()
-    name = "dfpo-" + hashlib.sha256(uri.encode()).hexdigest()[:16]
+    name = job_name(uri)
     _clear(client, name)  # an earlier try of this step may have left it, training into the same checkpoints
     _stage(config, uri, run_id, arguments)
     client.train(**request(config, uri, name))
-    print(f"TrainJob {name}: {config.cluster.nodes} nodes, {processes_a_node(config)} process(es) on each", flush=True)
+    print(f"TrainJob {name}: {config.cluster.nodes} nodes, {config.processes_a_node} process(es) on each", flush=True)
     with _deleted_if_stopped(client, name):
-        status = _wait(client, name, config.cluster.timeout_seconds or FOREVER)
+        status = _wait(client, name, config.cluster.timeout_seconds or math.inf)
     for i in range(1, config.cluster.nodes if status == "Failed" else 1):  # the first node's log may only tell that another one is gone
         print(f"the end of the log of node {i}:", flush=True)
         _print_log(client, name, 0, f"{NODE}-{i}", LAST_LINES)
@@ -72,8 +72,9 @@ def train(config: PipelineConfig, uri: str, run_id: str, arguments: dict[str, st
     return metrics
 
 
-def processes_a_node(config: PipelineConfig) -> int:
-    return config.train.processes or config.cluster.gpu_count or 1
+def job_name(uri: str) -> str:
+    """The name of the job whose folder is `uri`: the same for every try of a step."""
+    return "dfpo-" + hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
 def request(config: PipelineConfig, uri: str, name: str) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def request(config: PipelineConfig, uri: str, name: str) -> dict[str, Any]:
     from kubeflow.trainer.options import ActiveDeadlineSeconds, Labels, Name, TrainerCommand
     from kubeflow.trainer.types.types import CustomTrainerContainer
 
-    cluster, count = config.cluster, processes_a_node(config)
+    cluster = config.cluster
     memory, cpu = cluster.memory_limit or cluster.memory_request, cluster.cpu_limit or cluster.cpu_request
     resources = {"cpu": cpu, "memory": memory, cluster.gpu_type: str(cluster.gpu_count) if cluster.gpu_count else ""}
     container = CustomTrainerContainer(
@@ -90,7 +91,7 @@ def request(config: PipelineConfig, uri: str, name: str) -> dict[str, Any]:
         resources_per_node={key: amount for key, amount in resources.items() if amount},
         env={"MLFLOW_TRACKING_URI": config.tracking.uri, "OMP_NUM_THREADS": str(config.threads or 1)},
     )
-    command = ["torchrun", "--nproc-per-node", str(count), "-m", "dfpo_core.train_job", uri]
+    command = ["torchrun", "--nproc-per-node", str(config.processes_a_node), "-m", "dfpo_core.train_job", uri]
     options = [Name(name), TrainerCommand(command), _patch(cluster)]
     options += [Labels(dict(cluster.labels))] if cluster.labels else []
     options += [ActiveDeadlineSeconds(cluster.timeout_seconds)] if cluster.timeout_seconds else []
@@ -101,9 +102,8 @@ def _patch(cluster: ClusterConfig):
     """Secrets, claim, shared memory, places and labels of the job's pods, as the pipeline's own training pod has them."""
     from kubeflow.trainer.options import kubernetes as k8s
 
-    keys = {cluster.mlflow_secret: MLFLOW_KEYS, cluster.hub_secret: ("HF_TOKEN",), cluster.object_store_secret: OBJECT_STORE_KEYS}
-    secrets = [(secret, key) for secret, names in keys.items() if secret for key in names]
-    env = [{"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key, "optional": True}}} for secret, key in secrets]
+    secrets = [{"name": secret, "key": key, "optional": True} for secret, keys in cluster.secrets for key in keys]
+    env = [{"name": reference["key"], "valueFrom": {"secretKeyRef": reference}} for reference in secrets]
     volumes, mounts = [], []
     if cluster.pvc:
         volumes.append({"name": "checkpoints", "persistentVolumeClaim": {"claimName": cluster.pvc}})
@@ -116,7 +116,7 @@ def _patch(cluster: ClusterConfig):
         containers=[k8s.ContainerPatch(NODE, env=env or None, volume_mounts=mounts or None)] if env or mounts else None,
         image_pull_secrets=[{"name": name} for name in cluster.image_pull_secrets] or None,
         node_selector=dict(cluster.node_selector) or None,
-        tolerations=[{k: v for k, v in t.model_dump().items() if v} for t in cluster.tolerations] or None,
+        tolerations=[toleration.given for toleration in cluster.tolerations] or None,
     )
     pod = k8s.PodTemplatePatch(metadata={"labels": dict(cluster.labels)} if cluster.labels else None, spec=spec)
     job = k8s.ReplicatedJobPatch(NODE, k8s.JobTemplatePatch(spec=k8s.JobSpecPatch(pod)))
@@ -158,7 +158,7 @@ def _deleted_if_stopped(client, name: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _wait(client, name: str, seconds: int) -> str:
+def _wait(client, name: str, seconds: float) -> str:
     """Print the first node's log as it comes, until the job is Complete or Failed. Raises TimeoutError after so many seconds.
 
     A look that fails is made again; RuntimeError where LOST_POLLS in a row do.
@@ -230,8 +230,7 @@ def main(uri: str) -> None:
     job = json.loads(fs.cat_file(f"{folder}/{launch.JOB}"))
     mounted = isinstance(fs, LocalFileSystem)
     # The processes of a node share a folder; nodes may share a machine, and torchrun numbers them.
-    name = f"dfpo-{hashlib.sha256(uri.encode()).hexdigest()}-{os.environ.get('GROUP_RANK', '0')}"
-    local = Path(folder) if mounted else Path(tempfile.gettempdir(), name)
+    local = Path(folder) if mounted else Path(tempfile.gettempdir(), f"{job_name(uri)}-{os.environ.get('GROUP_RANK', '0')}")
     if not mounted and distributed.local_rank() == 0:
         shutil.rmtree(local, ignore_errors=True)
         for key in INPUTS:

@@ -26,7 +26,7 @@ from components.prepare_data.component import prepare_data
 from components.promote.component import promote
 from components.sft.component import sft
 from components.train.component import train
-from dfpo_core.config import MLFLOW_KEYS, OBJECT_STORE_KEYS, VOTED_KINDS, ClusterConfig, PipelineConfig, load_config
+from dfpo_core.config import VOTED_KINDS, ClusterConfig, PipelineConfig, load_config
 from dfpo_core.errors import UserError
 from dfpo_core.preflight import check_nodes
 
@@ -121,12 +121,8 @@ def configure_pod(task: PipelineTask, cluster: ClusterConfig) -> None:
     # A step logs an MLflow run under its own parent: a cached step would leave a gap there, and a cached evaluation could
     # promote the wrong model, since the backend's cache key holds neither the image digest nor the code in it.
     task.set_caching_options(False)
-    if cluster.mlflow_secret:
-        kubernetes.use_secret_as_env(task, cluster.mlflow_secret, {key: key for key in MLFLOW_KEYS}, optional=True)
-    if cluster.hub_secret:
-        kubernetes.use_secret_as_env(task, cluster.hub_secret, {"HF_TOKEN": "HF_TOKEN"}, optional=True)
-    if cluster.object_store_secret:
-        kubernetes.use_secret_as_env(task, cluster.object_store_secret, {key: key for key in OBJECT_STORE_KEYS}, optional=True)
+    for secret, keys in cluster.secrets:
+        kubernetes.use_secret_as_env(task, secret, {key: key for key in keys}, optional=True)
     if cluster.pvc:
         kubernetes.mount_pvc(task, pvc_name=cluster.pvc, mount_path=cluster.pvc_mount_path)
     if cluster.image_pull_secrets:
@@ -149,8 +145,7 @@ def place_on_gpu_node(task: PipelineTask, cluster: ClusterConfig) -> None:
     for key, value in cluster.node_selector.items():
         kubernetes.add_node_selector(task, key, value)
     for toleration in cluster.tolerations:
-        given = {name: value for name, value in toleration.model_dump().items() if value}
-        kubernetes.add_toleration(task, **given)
+        kubernetes.add_toleration(task, **toleration.given)
 
 
 def configure_training(task: PipelineTask, cluster: ClusterConfig) -> None:

@@ -113,6 +113,16 @@ def test_a_bare_configuration_asks_for_nothing_more(server, tmp_path):
     assert not spec["trainer"].get("resourcesPerNode", {}).get("requests")
 
 
+def test_one_secret_may_hold_the_keys_of_several_purposes(server, tmp_path):
+    server.runs = False
+    config = tiny_config(tmp_path, cluster={"nodes": 2, "mlflow_secret": "all", "hub_secret": "all", "object_store_secret": "all"})
+    server.client().train(**train_job.request(config, "s3://bucket/run-job", "dfpo-1"))
+    (patch,) = server.jobs["dfpo-1"]["spec"]["runtimePatches"]
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    (container,) = node["template"]["spec"]["template"]["spec"]["containers"]
+    assert {"HF_TOKEN", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY"} <= {variable["name"] for variable in container["env"]}
+
+
 def test_two_nodes_train_as_one_process_does(server, monkeypatch, tmp_path, warm, capfd):
     metrics, run_id, client = step(server, monkeypatch, tmp_path, warm)
     run = client.get_run(run_id)
