@@ -319,7 +319,7 @@ def converse(
             sequences[i] += tokens
             turns[i].append(text.replace(environments.TURN, " "))
     texts = [environments.TURN.join(turns[i]) if i in turns else text for i, text in enumerate(texts)]
-    return _padded(sequences, tokenizer.pad_token_id, prompt_ids.device), texts
+    return padded(sequences, tokenizer.pad_token_id, prompt_ids.device), texts
 
 
 def _sampled(generation: Generation) -> list[list[tuple[int, float, float, float]]]:
@@ -329,7 +329,7 @@ def _sampled(generation: Generation) -> list[list[tuple[int, float, float, float
     return [list(zip(*(column[i][:n] for column in columns), strict=True)) for i, n in enumerate(lengths)]
 
 
-def _padded(sequences: list[list[tuple[int, float, float, float]]], pad: int, device: torch.device) -> Generation:
+def padded(sequences: list[list[tuple[int, float, float, float]]], pad: int, device: torch.device) -> Generation:
     """The Generation of unpadded sequences of (token, mask, log-probability, entropy)."""
     ids, attention_mask = pad_right([[token for token, *_ in sequence] for sequence in sequences], pad)
     rest = torch.zeros(3, *ids.shape)

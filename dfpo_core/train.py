@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -207,9 +207,9 @@ class Trainer:
         ids, mask = ids.to(self.device), mask.to(self.device)
         guided_tokens = self.guided_tokens() if self.guided else None
         first = share.start * s.samples_per_prompt
-        with self.autocast(), self.acting(exact=False) as policy, distributed.together(TrainingDiverged):
+        with self.autocast(), self.sampler() as sample, distributed.together(TrainingDiverged):
             generation, texts = rollout.converse(
-                self.sampler(policy),
+                sample,
                 self.tokenizer,
                 [self.rows[i] for i in chosen],
                 ids,
@@ -250,12 +250,15 @@ class Trainer:
             batch = replace(batch, log_probs=self.score_tokens(self.policy, batch))
         return batch, texts
 
-    def sampler(self, policy: torch.nn.Module):
-        """What samples responses with the policy's weights as they stand."""
-        if not self.vllm:
-            return partial(rollout.generate, policy)
-        self.vllm.load(lora.merged_state(policy).items())
-        return self.vllm
+    @contextmanager
+    def sampler(self) -> Iterator[Callable[..., rollout.Generation]]:
+        """What samples responses with the policy's weights as they stand. vLLM has its own copy of them: none stay gathered meanwhile."""
+        with self.acting(exact=False) as policy:
+            if not self.vllm:
+                yield partial(rollout.generate, policy)
+                return
+            self.vllm.load(lora.merged_state(policy).items())
+        yield self.vllm
 
     def guided_tokens(self) -> Tensor:
         """(B,) tokens of each response that the guided policy samples before the reference goes on: uniform, none and all included."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from dfpo_core import distributed
 from dfpo_core.config import PipelineConfig
 from dfpo_core.errors import UserError
-from dfpo_core.rollout import Generation
+from dfpo_core.rollout import Generation, padded
 
 # On a CPU: GiB for the cache, and cores left to the operating system.
 CPU_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -84,13 +84,8 @@ class VLLMSampler:
         seeds = [int(stream.integers(2**62)) for stream in streams] if streams else [None] * len(prompts)
         parameters = [self.vllm.SamplingParams(seed=seed, **common) for seed in seeds]
         answers = [answer.outputs[0] for answer in self.engine.generate(prompts, parameters, use_tqdm=False)]
-        longest = max(len(answer.token_ids) for answer in answers)
-        response_ids = torch.full((len(answers), longest), pad_token_id)
-        mask, log_probs = torch.zeros(len(answers), longest), torch.zeros(len(answers), longest)
-        for i, answer in enumerate(answers):
-            tokens = list(answer.token_ids)
-            response_ids[i, : len(tokens)], mask[i, : len(tokens)] = torch.tensor(tokens), 1.0
-            found = [known[token].logprob for known, token in zip(answer.logprobs, tokens, strict=True)]
-            log_probs[i, : len(tokens)] = torch.tensor(found)
-        response_ids, mask, log_probs = (t.to(prompt_ids.device) for t in (response_ids, mask, log_probs))
-        return Generation(response_ids, mask, mask, log_probs, torch.zeros_like(log_probs))
+        sequences = [
+            [(token, 1.0, known[token].logprob, 0.0) for token, known in zip(answer.token_ids, answer.logprobs, strict=True)]
+            for answer in answers
+        ]
+        return padded(sequences, pad_token_id, prompt_ids.device)
