@@ -29,6 +29,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,7 +230,9 @@ class LabelNoise:
         # An adversarial label that the model does not know is a plausible one.
         self.maker = "plausible" if noise.kind == "adversarial" else noise.kind
         self.classes: dict[str, _Classes] = {}
-        self.swaps: dict[str, np.ndarray] = {}  # of a permutation: target class of every chosen row that is still to come
+        # Of a permutation: target class of every chosen row, and keys of every table, that are still to come.
+        self.swaps: dict[str, np.ndarray] = {}
+        self.keys: deque[np.ndarray] = deque()
         if self.active and self.maker in ("symmetric", "permuted", "plausible"):
             self._gather(tables)
 
@@ -246,6 +249,7 @@ class LabelNoise:
             chosen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
             for table in tables():
                 keys = text_keys(table["row_id"])
+                self.keys.append(keys)
                 for reward, rows in self._chosen(table, keys):
                     chosen.setdefault(reward, []).append((self.classes[reward].of(table, rows, reward), keys[rows]))
             for reward, parts in chosen.items():
@@ -276,13 +280,14 @@ class LabelNoise:
         """
         self._refuse_dialogues(table)
         noise, seed = self.noise, self.seed
-        truth, keys = _array(table["answer"]), text_keys(table["row_id"])
+        truth = _array(table["answer"])
+        keys = self.keys.popleft() if self.keys else text_keys(table["row_id"])
         if noise.kind == "class_conditional":
             return _record(table, truth, _class_conditional(truth, noise.transitions, _uniform(keys, seed, _CHOOSE)), keys, noise, seed)
         if noise.kind == "majority_vote":
             return _voted(table, truth, responses, keys, noise, seed)
         label, liked = truth, None
-        kinds = pa.array(np.full(len(truth), noise.kind))
+        kinds = pa.repeat(noise.kind, len(truth))
         if noise.kind == "adversarial":
             label, liked = _adversarial(table, truth, _uniform(keys, seed, _CHOOSE) < noise.rate, responses)
             kinds = pc.if_else(pa.array(liked), "adversarial", "plausible")
@@ -476,7 +481,7 @@ class _Classes:
 
     def of(self, table: pa.Table, rows: np.ndarray, reward: str) -> np.ndarray:
         """(rows,) class of each row, which must be of this kind of reward."""
-        part = table.select(["answer", "domain", "choice_labels"]).take(pa.array(rows))
+        part = _rows(table, rows)
         answers, groups = _array(part["answer"]).dictionary_encode(), _groups(part, reward).dictionary_encode()
         keys = _pair_keys(text_keys(groups.dictionary)[_codes(groups)], text_keys(answers.dictionary)[_codes(answers)])
         return self.of_spelling[np.searchsorted(self.spellings, keys)].astype(np.int64)
@@ -484,7 +489,7 @@ class _Classes:
 
 def _counted(table: pa.Table, rows: np.ndarray, reward: str, seed: int) -> pa.Table:
     """The different (group, answer) pairs of some rows and their counts, by their keys; equal `same` keys in a group are one answer."""
-    part = table.select(["answer", "domain", "choice_labels"]).take(pa.array(rows))
+    part = _rows(table, rows)
     pairs = pa.table({"group": _groups(part, reward), "answer": _array(part["answer"])})
     pairs = pairs.group_by(["group", "answer"]).aggregate([([], "count_all")])
     spelling, groups = _array(pairs["answer"]), _array(pairs["group"]).dictionary_encode()
@@ -650,6 +655,12 @@ def _one_digit_changed(answer: str, bits: int) -> str:
 def _array(column: Any) -> pa.Array:
     """One contiguous array."""
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _rows(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """What classes are made of, of those rows (in order, each once)."""
+    part = table.select(["answer", "domain", "choice_labels"])
+    return part if len(rows) == len(part) else part.take(pa.array(rows))
 
 
 def _codes(encoded: pa.DictionaryArray) -> np.ndarray:
