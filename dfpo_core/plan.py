@@ -314,7 +314,7 @@ def estimate(work: Work) -> Plan:
     ZeRO (arXiv 1910.02054) shares the optimizer's state from stage 1 on, gradients from 2 on, weights from 3 on. DeepSpeed 0.19 keeps
     its own copy of the weights that it shares the updating of, from stage 1 on a bucket of the gradients that it sends, and at stage 3
     its share of the gradients all the time. Stage 3 gathers all of the policy's weights for the rollout, those of products as products
-    see them, and for an update at most LIVE_PARAMETERS at a time.
+    see them, and for an update at most LIVE_PARAMETERS at a time beside those on their way.
     """
     shape, layers = work.shape, work.shape.num_hidden_layers
     policy = parameters(shape)
@@ -363,7 +363,7 @@ def estimate(work: Work) -> Plan:
 def _extra_weights(work: Work, count: int, layers: int, output_layer: bool) -> int:
     """Copies of weights in a pass: autocast's in bf16, kept to the backward pass, or those that ZeRO-3 gathers."""
     if work.zero_stage == 3 and work.gpus > 1:
-        return (min(count, LIVE_PARAMETERS) + min(count, FETCHED_PARAMETERS)) * FP32
+        return min(count, LIVE_PARAMETERS + FETCHED_PARAMETERS) * FP32
     if work.numbers == "autocast":
         return (layers * layer_parameters(work.shape)[0] + output_layer * work.shape.vocab_size * work.shape.hidden_size) * BF16
     return 0

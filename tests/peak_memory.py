@@ -6,8 +6,11 @@ torchrun .. tests/peak_memory.py OUTPUT CONFIG_JSON    bytes, one file a process
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,9 +59,27 @@ def peak_of_a_step(config: PipelineConfig) -> int:
     return peak
 
 
+def freed_where_it_is_counted(collective: Callable) -> Callable:
+    """The collective, waited for, and left by gloo's thread before it returns: what that thread is the last to hold, it frees, and the
+    profiler does not see that. Memory would seem to grow from step to step."""
+    signature = inspect.signature(collective)
+
+    def call(*arguments, **keywords):
+        given = signature.bind(*arguments, **keywords).arguments
+        asked = given.pop("async_op", False)
+        work = collective(**given, async_op=True)
+        work.wait()
+        time.sleep(0.002)
+        return work if asked else None
+
+    return call
+
+
 def main() -> None:
     output, config = sys.argv[1:]
     torch.set_num_threads(1)
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter", "reduce_scatter_tensor"):
+        setattr(torch.distributed, name, freed_where_it_is_counted(getattr(torch.distributed, name)))
     distributed.join()
     peak = peak_of_a_step(parse_config(json.loads(config)))
     Path(output, f"peak-{distributed.rank()}").write_text(str(peak))

@@ -118,9 +118,8 @@ def test_the_peak_under_zero_is_within_15_percent_of_that_of_two_processes(tmp_p
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), str(tmp_path)]
     done = subprocess.run([*launcher, config.to_json()], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    # The smaller one. The other has been seen up to a quarter higher, from run to run; perhaps gloo's threads hold what they send.
-    measured = min(int((tmp_path / name).read_text()) for name in ("peak-0", "peak-1"))
-    assert planning.plan(config).peak == pytest.approx(measured, rel=0.15)
+    for name in ("peak-0", "peak-1"):
+        assert planning.plan(config).peak == pytest.approx(int((tmp_path / name).read_text()), rel=0.15)
 
 
 def test_peak_bytes_counts_what_is_alive_at_once():
