@@ -53,6 +53,11 @@ class ComparisonConfig(Section):
     noisy: list[str] = Field([], description="settings averaged as `noisy`; default: all but the clean one that every algorithm runs in")
     curve_every: int = Field(25, ge=1, description="training steps between accuracies of the learning curve")
 
+    @property
+    def averaged(self) -> list[str]:
+        """The settings whose mean is `noisy`."""
+        return self.noisy or [s for s in self.settings if s != self.clean and s not in self.only]
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -558,9 +563,7 @@ def summarise(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> dic
 
 def _by_seed(study: ComparisonConfig, by_cell: dict, setting: str, algorithm: str, measure: str) -> dict[int, float]:
     """seed -> score, for the seeds that have it."""
-    names = [setting]
-    if setting == "noisy":
-        names = study.noisy or [s for s in study.settings if s != study.clean and s not in study.only]
+    names = study.averaged if setting == "noisy" else [setting]
     result = {}
     for seed in study.seeds:
         found = [by_cell.get((name, algorithm, seed)) for name in names]

@@ -11,7 +11,7 @@ import numpy as np
 from dfpo_core import html
 from dfpo_core.comparison import ComparisonConfig
 
-COLOURS = ("#0b6e4f", "#c8553d", "#3066be", "#b88a00", "#7b4b94", "#2a9d8f", "#8d6346", "#d1495b", "#5b6875", "#111111")
+COLOURS = ("#0b6e4f", "#c8553d", "#3066be", "#b88a00", "#7b4b94", "#2a9d8f", "#8d6346", "#d1495b", "#5b6875", "#111111", "#e377c2")
 
 
 def figures(study: ComparisonConfig, records: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
@@ -26,10 +26,9 @@ def curves(study: ComparisonConfig, records: list[dict[str, Any]]):
     from matplotlib.figure import Figure
 
     settings = [s for s in study.settings if any(r["setting"] == s for r in records)]
-    columns = min(3, len(settings))
-    rows = -(-len(settings) // columns)
+    rows, columns = _grid(len(settings), 3)
     figure = Figure(figsize=(1.5 + 4.2 * columns, 0.8 + 3.1 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for axes, setting in zip(panels, settings, strict=False):
         for name, colour in _colours(study):
             mine = [r["curve"] for r in records if (r["setting"], r["algorithm"]) == (setting, name)]
@@ -46,8 +45,8 @@ def curves(study: ComparisonConfig, records: list[dict[str, Any]]):
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(color="#e6eaee", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in list(panels)[len(settings) :]:
-        axes.set_visible(False)
+    for axes in panels[len(settings) :]:
+        axes.remove()
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=9)
     figure.supylabel("in-domain accuracy", fontsize=10)
@@ -82,8 +81,10 @@ def forest(study: ComparisonConfig, pairs: list[dict[str, Any]]):
 
     settings = [s for s in (*study.settings, "noisy") if any(p["setting"] == s for p in pairs)]
     names = [a for a in study.algorithms if any(p["rival"] == a for p in pairs)]
-    figure = Figure(figsize=(1.8 + 2.3 * len(settings), 1.4 + 0.34 * len(names)), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False, sharey=True, sharex=True)[0], settings, strict=True):
+    rows, columns = _grid(len(settings), 5)
+    figure = Figure(figsize=(1.8 + 2.3 * columns, 0.4 + rows * (1.0 + 0.34 * len(names))), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=True).ravel()
+    for axes, setting in zip(panels, settings, strict=False):
         for name, colour in _colours(study):
             for pair in pairs:
                 if (pair["setting"], pair["rival"]) == (setting, name):
@@ -94,10 +95,19 @@ def forest(study: ComparisonConfig, pairs: list[dict[str, Any]]):
         axes.grid(axis="x", color="#e6eaee", linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", labelbottom=True)  # there may be no panel beneath
+    for axes in panels[len(settings) :]:
+        axes.remove()
     figure.axes[0].set_yticks(range(len(names)), names)
     figure.axes[0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel(f"{study.reference} minus the rival, points (average of in and out of domain)", fontsize=9)
     return figure
+
+
+def _grid(panels: int, columns: int) -> tuple[int, int]:
+    """(rows, columns) for so many panels, at most `columns` in a row."""
+    columns = min(columns, panels)
+    return -(-panels // columns), columns
 
 
 def _colours(study: ComparisonConfig) -> Iterable[tuple[str, str]]:
@@ -115,7 +125,7 @@ def render(study: ComparisonConfig, records: list[dict[str, Any]], summary: dict
     notes = {
         "heat_map": (
             "Where each algorithm ends",
-            "Average of in-domain and out-of-domain accuracy at the end; noisy: mean over all but clean.",
+            f"Average of in-domain and out-of-domain accuracy at the end; noisy: mean over {', '.join(study.averaged)}.",
         ),
         "forest": (f"{study.reference} against each rival", "Paired by seed, 95 % Student's t. Right of zero is better than the rival."),
         "curves": ("Learning curves", "Mean over seeds; the band reaches from the lowest to the highest seed."),

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from dfpo_core import comparison
+from dfpo_core import comparison, comparison_report
 from dfpo_core.data import chains
 from dfpo_core.errors import UserError
 from dfpo_core.statistics import student_interval
@@ -57,6 +57,18 @@ def test_the_noisy_average_is_over_the_settings_that_are_named(tmp_path):
         assert means == pytest.approx([expected, expected])
     with pytest.raises(UserError, match="noisy: 'other' is not defined"):
         comparison.parse(small(tmp_path, noisy=["other"]))
+
+
+def test_the_report_names_the_noisy_settings_and_draws_a_panel_for_each_setting_alone(tmp_path):
+    settings = {"clean": {}} | {name: {"train": {"reward_noise": {"flip_rate": 0.1}}} for name in "abcde"}
+    study = comparison.parse(small(tmp_path, settings=settings, noisy=["a", "b"]))
+    records = [record(setting, name, seed, 0.1, 0.1 * seed) for setting in settings for name in study.algorithms for seed in (1, 2)]
+    records = [r | {"questions": {"sums": 10}} for r in records if r["setting"] != "e"]  # five settings have records
+    summary = comparison.summarise(study, records)
+    drawn = comparison_report.figures(study, records, summary)
+    panels = {name: [axes.get_title(loc="left") for axes in figure.axes] for name, figure in drawn.items()}
+    assert panels["curves"] == ["clean", "a", "b", "c", "d"] and panels["forest"] == [*panels["curves"], "noisy"]
+    assert "noisy: mean over a, b." in comparison_report.render(study, records, summary, drawn)
 
 
 def record(setting, algorithm, seed, start, end, ood=0.2, diverged="") -> dict:
