@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dfpo_core.critics import confidence
 from dfpo_core.errors import UserError
 from dfpo_core.storage import atomic_directory
 
@@ -24,6 +25,12 @@ class CriticModel(nn.Module):
         self.head = head
         self.backbone.requires_grad_(True)
         self.backbone.get_input_embeddings().requires_grad_(False)
+
+    def reads(self, hidden: Tensor, log_probs: Tensor, entropy: Tensor, mask: Tensor) -> Tensor:
+        """What the head reads: hidden states (B, T, H), and behind them what its `confidence` asks for, of (B, T) each."""
+        if not getattr(self.head, "extra", 0):
+            return hidden
+        return torch.cat([hidden, confidence.features(log_probs, entropy, mask).to(hidden.dtype)], -1)
 
 
 def truncated_backbone(backbone: nn.Module, layers: int) -> nn.Module:

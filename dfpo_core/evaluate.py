@@ -239,6 +239,7 @@ def _sample_with_critic(config: PipelineConfig, trained_checkpoint: str, critic_
         )
         critic = load_critic(critic_checkpoint)
         hidden = rollout.response_hidden(critic.backbone, ids, mask, sampled.response_ids, sampled.attention_mask, 1).float()
+        hidden = critic.reads(hidden, sampled.log_probs, sampled.entropy, sampled.mask)
         estimates = critic.head.sample_returns(hidden), critic.head.value(hidden), critic.head.uncertainty(hidden)
     return tokenizer, sampled, texts, tuple(estimate.numpy() for estimate in estimates)
 

@@ -161,9 +161,10 @@ def head_of(name: str, options: Any, hidden_size: int) -> Head:
     from dfpo_core.types import CriticBatch
 
     head = critics.registry.get(name)(hidden_size, options)
+    width = hidden_size + getattr(head, "extra", 0)
 
     def peaks(rows: int) -> list[int]:
-        hidden, rewards, mask = torch.randn(rows, 16, hidden_size), torch.zeros(rows, 16), torch.ones(rows, 16)
+        hidden, rewards, mask = torch.randn(rows, 16, width), torch.zeros(rows, 16), torch.ones(rows, 16)
         with PeakBytes() as reading:
             returns = head.sample_returns(hidden)
             head.value(hidden)
@@ -178,7 +179,7 @@ def head_of(name: str, options: Any, hidden_size: int) -> Head:
 
     with torch.random.fork_rng(devices=[]):
         few, more = peaks(2), peaks(4)
-        samples = head.sample_returns(torch.zeros(1, 1, hidden_size)).shape[-1]
+        samples = head.sample_returns(torch.zeros(1, 1, width)).shape[-1]
     trained = sum(weight.numel() for weight in head.parameters() if weight.requires_grad)
     return Head(sum(w.numel() for w in head.parameters()), trained, samples, *((b - a) // 32 for a, b in zip(few, more, strict=True)))
 

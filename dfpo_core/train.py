@@ -301,11 +301,16 @@ class Trainer:
         return reward
 
     def critic_hidden(self, batch: Rollout) -> Tensor | None:
-        """(B, T, H) hidden states of the critic before this step's updates, or None without a critic that estimates returns."""
+        """(B, T, H and more) what the critic's head reads before this step's updates, or None without a critic that estimates returns."""
         if self.critic is None or self.guided:
             return None
         with torch.no_grad(), self.autocast():
-            return torch.cat([self.critic_backbone(*part.sequences) for part in self.micro_batches(batch)])
+            return torch.cat([self.critic_reads(part) for part in self.micro_batches(batch)])
+
+    def critic_reads(self, part: Rollout) -> Tensor:
+        """(B, T, H and more) what the critic's head reads of a micro-batch; the policy's confidence is that of the rollout."""
+        hidden = self.critic_backbone(*part.sequences)
+        return self.critic.reads(hidden, part.log_probs, part.entropy, part.mask)
 
     @torch.no_grad()
     def estimate(self, hidden: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -363,7 +368,7 @@ class Trainer:
             levels = torch.Generator().manual_seed(seed)
             micro_rewards, micro_hidden, micro_returns = (None if t is None else self.rows_of(t, part) for t in per_row)
             with self.autocast():
-                hidden = self.critic_backbone(*micro.sequences)
+                hidden = self.critic_reads(micro)
             output = self.critic.head.loss(
                 CriticBatch(hidden, micro_hidden, micro_rewards, micro.critic_mask, token_count, micro_returns, levels, micro.response_ids)
             )

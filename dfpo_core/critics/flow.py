@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfpo_core.config import Section
-from dfpo_core.critics import flow_losses, registry
+from dfpo_core.critics import confidence, flow_losses, registry
 from dfpo_core.critics.bootstrap import lambda_returns, sampled_horizons, sampled_lambda_returns
 from dfpo_core.types import CriticBatch, LossOutput, last_token
 
@@ -37,6 +37,7 @@ class FlowConfig(Section):
     return_range: tuple[float, float] = Field((0.0, 1.0), description="returns expected; the head works in units that map it to [-1, 1]")
     discount: float = Field(1.0, gt=0, le=1, description="gamma")
     lam: float = Field(0.95, ge=0, le=1, description="lambda_c of the bootstrapped targets")
+    confidence: bool = Field(False, description="read the policy's log-probabilities and entropy beside the hidden states")
     lambda_mixing: Literal["sampled", "average"] = Field("sampled", description="how return samples are mixed over bootstrap times")
     solver_steps: int = Field(1, ge=1, description="Euler steps of every return sample: 1 is the one-step map that the critic is for")
     value_step_size: Literal[0, 1] = Field(0, description="d of the mean used as value: 0 the field, 1 the one-step samples")
@@ -86,9 +87,10 @@ class FlowHead(nn.Module):
     a staircase in eps whose steps stand where h says (tests/benchmarks/flow_faithful.py).
     """
 
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, hidden_size: int, width: int, extra: int = 0):
         super().__init__()
-        self.project = nn.Linear(hidden_size, 2 * width)
+        self.extra = extra  # features of `confidence` behind each hidden state
+        self.project = nn.Linear(hidden_size + extra, 2 * width)
         self.embed_position = nn.Linear(1 + 2 * FREQUENCIES + RAMPS, width, bias=False)
         self.embed_step = nn.Linear(2 * FREQUENCIES, width, bias=False)
         self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
@@ -97,8 +99,8 @@ class FlowHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def context(self, hidden: Tensor) -> Tensor:
-        """Once per token: (.., H) -> (.., 1, 2 width), shift and scale. RMS-normalised, so that any backbone's scale will do."""
-        return self.project(F.rms_norm(hidden, hidden.shape[-1:]))[..., None, :]
+        """Once per token: (.., H + extra) -> (.., 1, 2 width), shift and scale."""
+        return self.project(confidence.normalised(hidden, self.extra))[..., None, :]
 
     def forward(self, context: Tensor, position: Tensor, flow_time: Tensor, step_size: Tensor) -> Tensor:
         """context (.., 1, 2 width), position (.., S), or (S,) the same for all, flow_time (S,), step_size (S,) -> velocity (.., S)."""
@@ -165,7 +167,8 @@ class FlowCritic(nn.Module):
     def __init__(self, hidden_size: int, config: FlowConfig):
         super().__init__()
         self.config = config
-        self.head = FlowHead(hidden_size, config.width)
+        self.extra = confidence.FEATURES * config.confidence
+        self.head = FlowHead(hidden_size, config.width, self.extra)
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)
         low, high = config.return_range
         self.shift, self.scale = (low + high) / 2, (high - low) / 2
@@ -195,10 +198,10 @@ class FlowCritic(nn.Module):
         Equals the standard deviation of a Gaussian return; for any return it is the Gaussian-weighted total variation of Z(eps).
         """
         with full_precision(hidden):
-            return self.scale * dispersion(self.head.jump(self.head.context(hidden.float()), self.noise)[1])
+            return self.scale * dispersion(self.head.jump(self.head.context(hidden), self.noise)[1])
 
     def _velocity(self, head: FlowHead, hidden: Tensor) -> flow_losses.Velocity:
-        return bound(head, head.context(hidden.float()))
+        return bound(head, head.context(hidden))
 
     # -- learning it -------------------------------------------------------------------------------------------------------
 
@@ -214,7 +217,7 @@ class FlowCritic(nn.Module):
             levels = draw_levels(config.loss_levels, batch.generator, batch.hidden.device)
             velocity = self._velocity(self.head, batch.hidden[valid])
             with torch.no_grad():
-                context = self.target_head.context(batch.target_hidden[valid].float())
+                context = self.target_head.context(batch.target_hidden[valid])
                 target_velocity, following = bound(self.target_head, context), bound(self.target_head, context.roll(-1, 0))
                 own, slope = self.target_head.jump(context, levels.noise)
                 if config.solver_steps > 1:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dfpo_core.config import Section
-from dfpo_core.critics import registry
+from dfpo_core.critics import confidence, registry
 from dfpo_core.critics.bootstrap import lambda_returns
 from dfpo_core.types import CriticBatch, LossOutput, masked_mean
 
@@ -18,6 +17,7 @@ class ScalarConfig(Section):
 
     discount: float = Field(1.0, gt=0, le=1, description="gamma")
     lam: float = Field(0.95, ge=0, le=1, description="lambda of the value targets")
+    confidence: bool = Field(False, description="read the policy's log-probabilities and entropy beside the hidden states")
     value_clip: float = Field(0.2, ge=0, description="largest move from the rollout-time value that is rewarded; 0 does not clip")
 
 
@@ -30,13 +30,14 @@ class ScalarCritic(nn.Module):
     def __init__(self, hidden_size: int, config: ScalarConfig):
         super().__init__()
         self.config = config
-        self.out = nn.Linear(hidden_size, 1)
+        self.extra = confidence.FEATURES * config.confidence
+        self.out = nn.Linear(hidden_size + self.extra, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def _value(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.out(F.rms_norm(hidden.float(), hidden.shape[-1:])).squeeze(-1)
+            return self.out(confidence.normalised(hidden, self.extra)).squeeze(-1)
 
     @torch.no_grad()
     def value(self, hidden: Tensor) -> Tensor:
