@@ -8,6 +8,8 @@ state alone, so that a value that reads them is still a value of the state and a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ def features(log_probs: Tensor, entropy: Tensor, mask: Tensor) -> Tensor:
     The probability of the tokens so far, its logarithm, the mean, the last and the lowest log-probability, the entropy in nats. All but
     the entropy are of tokens that are sampled already; masked tokens (what others said in a conversation) count as certain.
     """
-    sampled = log_probs.clamp(min=LOWEST) * mask
+    sampled = torch.where(mask > 0, log_probs.clamp(min=LOWEST), torch.zeros_like(log_probs))
     so_far, count = before(sampled.cumsum(1)), before(mask.cumsum(1))
     columns = (
         so_far.exp(),
@@ -41,7 +43,11 @@ def before(running: Tensor) -> Tensor:
 
 
 def normalised(read: Tensor, extra: int) -> Tensor:
-    """(.., H + extra), fp32 at least: RMS-normalised hidden states, whatever their backbone's scale, and `extra` features as they are."""
+    """(.., H + extra), fp32 at least: RMS-normalised hidden states, whatever their backbone's scale, and the `extra` features behind them.
+
+    Features are scaled by sqrt(H / extra): as much of what a head's first layer sees at its start, and learned as fast, as the H others.
+    """
     read = read.to(torch.promote_types(read.dtype, torch.float32))
-    hidden = read[..., : read.shape[-1] - extra]
-    return torch.cat([F.rms_norm(hidden, hidden.shape[-1:]), read[..., hidden.shape[-1] :]], -1)
+    size = read.shape[-1] - extra
+    hidden = F.rms_norm(read[..., :size], (size,))
+    return torch.cat([hidden, read[..., size:] * math.sqrt(size / extra)], -1) if extra else hidden
