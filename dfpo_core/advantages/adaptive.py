@@ -59,23 +59,64 @@ class PromptEffect:
         return (shrink * (of_all - residual) / others).reshape(-1)
 
 
-class NoiseFloor:
-    """The variance that every return has, however good or bad the response: the low quantile of Var Z(s) over tokens, over batches.
+class RewardNoise:
+    """How noisy the reward of one response is, and the reward without what is noise alone.
 
-    With rewards flipped at rate rho, a prompt that is always or never solved has returns of variance rho (1 - rho), and its advantages
-    are noise; any other has more. sigma^2 - floor is then the part of a state's variance that a policy can still do something about, and
-    `weight` = 1 - share min(1, floor / sigma^2) turns down what is noise alone. Without such prompts the floor is too high and the
-    weights too equal; whitening takes out what they have in common. Where rewards are clean the floor is 0 and every weight 1.
+    Anchors (Liu and Tao 2016): of the responses that the critic thinks worst, before their last token, `ANCHORS` of the batch are all
+    wrong, or of those that it thinks best all right; then what their rewards differ by is noise. The smaller of both variances is the
+    floor, and for 0/1 rewards the rate at which the smaller share of either end got the other reward is the rate of flips. The critic need only
+    rank responses, and of values from before it saw these rewards, as rollout-time values are: where it cannot, the estimates are
+    too high (all of the variance), never too low but for chance.
+
+    The reward that remains is the linear posterior mean of what the response is worth, given its reward R and the value V before its
+    last token, which is the prior:    V + g (R - V),    g = 1 - floor / sigma^2,    sigma^2 = (high - V) (V - low).
+    sigma^2 is the variance of a reward that is `low` or `high`, the extremes seen so far, and the most that any reward between them can
+    have (Bhatia and Davis 2000). A reward of 1 for a response that is surely wrong is taken for noise, one for a response that could
+    as well be right for news. Where rewards are clean the floor is 0 and g is 1.
     """
 
-    def __init__(self, memory: float, quantile: float):
-        self.quantile, self.floor = quantile, RunningMean(memory)
+    ANCHORS = 0.2
 
-    def weight(self, returns: Tensor, mask: Tensor, share: float) -> Tensor:
-        """Add a batch, and the weights of its tokens: returns (B, T, K), mask (B, T) -> (B, T) in [1 - share, 1]."""
-        variance = returns.var(-1, correction=0)
-        self.floor.add(torch.quantile(variance[mask > 0], self.quantile).item())
-        return 1 - share * (self.floor.value / variance.clamp(min=1e-12)).clamp(max=1.0)
+    def __init__(self, memory: float):
+        self.moments = {end: (RunningMean(memory), RunningMean(memory)) for end in ("low", "high")}
+        self.smallest, self.largest = RunningMean(0.0), RunningMean(0.0)
+
+    def update(self, rewards: Tensor, values: Tensor) -> None:
+        """Add a batch: rewards (B,), values before the last token (B,)."""
+        count, order = max(1, round(self.ANCHORS * len(rewards))), values.argsort()
+        for end, chosen in (("low", order[:count]), ("high", order[-count:])):
+            for power, mean in enumerate(self.moments[end], 1):
+                mean.add(rewards[chosen].pow(power).mean().item())
+        seen = self.smallest.weight > 0
+        self.smallest.add(min(rewards.min().item(), self.smallest.value if seen else torch.inf))
+        self.largest.add(max(rewards.max().item(), self.largest.value if seen else -torch.inf))
+
+    @property
+    def floor(self) -> float:
+        """Variance of the reward of a response whose worth is certain; 0 before the first batch."""
+        return max(0.0, min(square.value - mean.value**2 for mean, square in self.moments.values()))
+
+    @property
+    def flip_rate(self) -> float:
+        """Rate of flips of 0/1 rewards, in [0, 1/2]; 0 before the first batch."""
+        return min(min(mean.value, 1 - mean.value) for mean, _ in self.moments.values()) if self.smallest.weight else 0.0
+
+    def denoised(self, rewards: Tensor, values: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Rewards (B,) and values before the last token (B,) -> (what remains of the rewards, g), (B,) each; g is 1 - share at least."""
+        low, high = self.smallest.value, self.largest.value
+        variance = ((high - values) * (values - low)).clamp(min=1e-12)
+        gain = 1 - share * (self.floor / variance).clamp(max=1.0)
+        return values + gain * (rewards - values), gain
+
+    def running(self) -> dict[str, RunningMean]:
+        """Every running estimate by name."""
+        found = {f"{end}_{power}": mean for end, pair in self.moments.items() for power, mean in enumerate(pair, 1)}
+        return found | {"smallest": self.smallest, "largest": self.largest}
+
+
+def before_last(values: Tensor, mask: Tensor) -> Tensor:
+    """The value of each row's last valid token, at which the response is written but for its end: (B, T) -> (B,)."""
+    return (values * last_token(mask)).sum(1)
 
 
 def without_effect(token_rewards: Tensor, effect: Tensor, mask: Tensor) -> Tensor:

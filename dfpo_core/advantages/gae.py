@@ -12,11 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from dfpo_core.advantages import registry
-from dfpo_core.advantages.adaptive import NoiseFloor, PromptEffect, RunningMean, without_effect
+from dfpo_core.advantages.adaptive import PromptEffect, RewardNoise, RunningMean, before_last, without_effect
 from dfpo_core.advantages.whiten import whiten
 from dfpo_core.config import Section
 from dfpo_core.critics.flow_losses import tail_weights
-from dfpo_core.types import AdvantageInputs, AdvantageOutput, masked_mean
+from dfpo_core.types import AdvantageInputs, AdvantageOutput
 
 
 class GAEConfig(Section):
@@ -29,27 +29,35 @@ class GAEConfig(Section):
     mix: float = Field(0.5, ge=0, le=1, description="share of CVaR in mix")
     mean_source: Literal["values", "samples"] = Field("values", description="mean of the samples: the critic's value, or their own")
     prompt_effect: bool = Field(False, description="take from the reward what the other responses to the prompt predict of it")
-    signal_share: float = Field(0.0, ge=0, le=1, description="how far to turn down tokens whose return varies no more than the noise floor")
-    floor_quantile: float = Field(0.05, ge=0, le=1, description="quantile of the return's variance over tokens that is the noise floor")
+    denoise: float = Field(
+        0.0, ge=0, lt=1, description="how far to draw rewards that are noise alone to the critic's value of the response"
+    )
     memory: float = Field(0.9, ge=0, lt=1, description="weight of earlier batches in every running estimate of the noise")
     whiten: bool = Field(True, description="whiten over the valid tokens of the batch")
 
 
 @registry.register("gae")
 class GAE:
-    """Distributional GAE. Its state is the running estimates of the noise: flip rate, prompt effect, noise floor."""
+    """Distributional GAE. Its state is the running estimates of the noise: of single rewards, and what a prompt's responses share."""
 
     config_class = GAEConfig
 
     def __init__(self, config: GAEConfig):
         self.config = config
-        self.flip_rate = FlipRate(config.memory)
+        self.noise = RewardNoise(config.memory)
         self.prompt_effect = PromptEffect(config.memory)
-        self.noise_floor = NoiseFloor(config.memory, config.floor_quantile)
 
     def __call__(self, inputs: AdvantageInputs) -> AdvantageOutput:
         config, metrics = self.config, {}
         returns, token_rewards = inputs.returns, inputs.token_rewards
+        if config.denoise or config.spectrum == "adaptive":
+            worth = before_last(inputs.values, inputs.mask)
+            self.noise.update(inputs.rewards, worth)
+            metrics |= {"critic/flip_rate": self.noise.flip_rate, "critic/noise_floor": self.noise.floor}
+        if config.denoise:
+            remaining, gain = self.noise.denoised(inputs.rewards, worth, config.denoise)
+            token_rewards = without_effect(token_rewards, inputs.rewards - remaining, inputs.mask)
+            metrics["critic/reward_gain"] = gain.mean().item()
         if config.prompt_effect:
             first = (inputs.mask > 0).int().argmax(1, keepdim=True)
             effect = self.prompt_effect.predict(inputs.rewards, inputs.values.gather(1, first)[:, 0], inputs.samples_per_prompt)
@@ -57,14 +65,8 @@ class GAE:
             metrics["critic/prompt_correlation"] = self.prompt_effect.correlation
         if config.mean_source == "values":
             returns = returns + (inputs.values - returns.mean(-1))[..., None]
-        if config.spectrum == "adaptive":
-            metrics["critic/flip_rate"] = self.flip_rate.update(inputs.rewards, inputs.values, inputs.mask)
         weights = self._weights(returns)
         advantages = (gae(token_rewards, returns, inputs.mask, config.discount, config.lam) * weights).sum(-1)
-        if config.signal_share:
-            signal = self.noise_floor.weight(inputs.returns, inputs.mask, config.signal_share)
-            metrics |= {"critic/noise_floor": self.noise_floor.floor.value, "critic/signal_weight": masked_mean(signal, inputs.mask).item()}
-            advantages = advantages * signal
         return AdvantageOutput(whiten(advantages, inputs.mask) if config.whiten else advantages, metrics)
 
     def _weights(self, returns: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ class GAE:
         elif self.config.spectrum == "mix":
             uniform = (1 - self.config.mix) * uniform + self.config.mix * tail_weights(count, self.config.alpha)
         elif self.config.spectrum == "adaptive":
-            uniform = trimmed_weights(count, self.flip_rate.value)
+            uniform = trimmed_weights(count, min(self.noise.flip_rate, 0.45))
         return uniform.to(returns)
 
     def state_dict(self) -> dict[str, tuple[float, float]]:
@@ -87,8 +89,7 @@ class GAE:
             mean.weighted, mean.weight = state[name]
 
     def _running(self) -> dict[str, RunningMean]:
-        effect = self.prompt_effect
-        return {"flips": self.flip_rate.mean, "shared": effect.shared, "total": effect.total, "floor": self.noise_floor.floor}
+        return {"shared": self.prompt_effect.shared, "total": self.prompt_effect.total, **self.noise.running()}
 
 
 def gae(token_rewards: Tensor, returns: Tensor, mask: Tensor, discount: float, lam: float) -> Tensor:
@@ -115,30 +116,3 @@ def trimmed_weights(count: int, trim: float) -> Tensor:
     """
     edges = torch.arange(count + 1) / count
     return edges.clamp(trim, 1 - trim).diff() / (1 - 2 * trim)
-
-
-class FlipRate:
-    """Running estimate of the rate at which 0/1 rewards are flipped, from the critic's residuals on last tokens.
-
-    The rate and the task's own randomness are not identifiable from rewards alone: a flip rate rho with success probability p looks
-    like success probability rho + (1 - 2 rho) p. Assumption (that of the "anchor points" of Liu and Tao 2016): before the last token
-    the answer is written, so true success is certain, and the critic is right about which side of 1/2 it is on. Then the residual
-    |R - 1[V > 1/2]| is 1 exactly when the reward was flipped, and its mean is rho. Where the critic cannot tell, the estimate is too
-    high (an upper bound: 1/2 for a critic that knows nothing), never too low. Values must come from before the critic saw these
-    rewards, as rollout-time values do, or a critic that has memorised the noise reports none.
-    """
-
-    def __init__(self, memory: float):
-        self.mean = RunningMean(memory)
-
-    @property
-    def value(self) -> float:
-        """The estimate in [0, 0.45]; 0 before the first batch."""
-        return min(self.mean.value, 0.45)
-
-    def update(self, rewards: Tensor, values: Tensor, mask: Tensor) -> float:
-        """Add a batch: rewards (B,), values (B, T), mask (B, T). Returns the new estimate."""
-        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1, keepdim=True)
-        predicted = (values.gather(1, last).squeeze(1) > 0.5).to(rewards)
-        self.mean.add((rewards - predicted).abs().mean().item())
-        return self.value

@@ -124,9 +124,6 @@ def _check_pair(algorithm: Algorithm, train: TrainConfig) -> None:
     if mean_only and spectrum != "uniform":
         problem = f"{spectrum} needs a distribution, {algorithm.critic_name} has only a mean"
         raise UserError("train.advantage.spectrum", problem, "use the flow critic")
-    if mean_only and getattr(options, "signal_share", 0.0):
-        problem = f"needs the variance of a distribution, {algorithm.critic_name} has only a mean"
-        raise UserError("train.advantage.signal_share", problem, "use the flow critic, or set it to 0")
     discount = getattr(options, "discount", 1.0)  # the group advantage does not discount
     if needs_critic and algorithm.critic_config.discount != discount:
         raise UserError("train.advantage.discount", "differs from train.critic.discount", "use one discount in both")
