@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfpo_core.advantages import registry
-from dfpo_core.advantages.gae import FlipRate, gae, trimmed_weights
+from dfpo_core.advantages.adaptive import RewardNoise
+from dfpo_core.advantages.gae import gae, trimmed_weights
 from dfpo_core.advantages.whiten import whiten
 from dfpo_core.critics.flow import FlowConfig, FlowCritic
 from dfpo_core.types import AdvantageInputs, CriticBatch
@@ -92,23 +93,24 @@ def test_trimming_by_the_flip_rate_recovers_the_clean_success_probability():
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.1, 0.2, 0.3, 0.4])
-def test_the_flip_rate_is_estimated_within_five_hundredths_from_the_residuals_of_a_critic_in_training(flip):
+def test_the_flip_rate_is_estimated_within_five_hundredths_from_the_values_of_a_critic_in_training(flip):
     # a flow critic that starts knowing nothing, and sees flipped rewards only; an answer is right where the state says so
     torch.manual_seed(0)
-    generator, estimate, mask = torch.Generator().manual_seed(0), FlipRate(0.9), torch.ones(256, 1)
+    generator, noise, mask = torch.Generator().manual_seed(0), RewardNoise(0.9), torch.ones(256, 1)
     critic = FlowCritic(8, FlowConfig(width=16, loss_levels=8, noise_levels=16))
     optimizer = torch.optim.Adam(critic.head.parameters(), 1e-2)
     for _ in range(120):
         hidden = torch.randn(256, 1, 8, generator=generator)
         right = hidden[:, 0, 0] > 0.3
         rewards = (right ^ (torch.rand(256, generator=generator) < flip)).float()
-        got = estimate.update(rewards, critic.value(hidden), mask)  # the values of before the update
+        noise.update(rewards, critic.value(hidden)[:, 0])  # the values of before the update
         batch = CriticBatch(hidden, hidden, rewards[:, None], mask, 256.0, critic.sample_returns(hidden), generator)
         optimizer.zero_grad()
         critic.loss(batch).loss.backward()
         optimizer.step()
         critic.after_step()
-    assert got == pytest.approx(flip, abs=0.05)
+    assert noise.flip_rate == pytest.approx(flip, abs=0.05)
+    assert noise.floor == pytest.approx(flip * (1 - flip), abs=0.03)
 
 
 def test_the_adaptive_spectrum_is_uniform_on_clean_rewards():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dfpo_core import algorithms
-from dfpo_core.advantages.adaptive import NoiseFloor, PromptEffect, without_effect
+from dfpo_core.advantages.adaptive import PromptEffect, RewardNoise, before_last, without_effect
 from dfpo_core.advantages.gae import GAE, GAEConfig, gae
 from dfpo_core.advantages.whiten import whiten
 from dfpo_core.config import TrainConfig
@@ -74,22 +74,69 @@ def test_wrong_labels_correlate_and_flips_do_not():
     assert found[1] == pytest.approx(0.0, abs=0.03)
 
 
-def test_the_noise_floor_of_flipped_rewards_is_their_variance_and_the_weight_falls_to_it():
-    """Success 0, 1/2 and 1, flipped at 0.2: variances 0.16, 0.25, 0.16; floor 0.16; weights 1 - 0.8 x (1, 0.64, 1)."""
-    chances = torch.tensor([0.2, 0.5, 0.8])
-    levels = (torch.arange(1000) + 0.5) / 1000
-    returns = (levels > 1 - chances[:, None, None]).float()
-    floor = NoiseFloor(0.9, 0.05)
-    weight = floor.weight(returns, torch.ones(3, 1), 0.8)
-    assert floor.floor.value == pytest.approx(0.16, abs=1e-3)
-    assert weight.flatten().tolist() == pytest.approx([0.2, 1 - 0.8 * 0.64, 0.2], abs=1e-2)
+def judged(chances, flip: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether responses of these chances to be right are, and their 0/1 rewards, flipped at the given rate."""
+    right = generator.uniform(size=len(chances)) < chances
+    rewards = right ^ (generator.uniform(size=len(chances)) < flip)
+    return tuple(torch.tensor(x, dtype=torch.float32) for x in (right, rewards))
 
 
-def test_clean_certain_prompts_leave_every_weight_at_one():
-    returns = torch.zeros(4, 1, 8)
-    returns[1, 0, 4:] = 1.0
-    weight = NoiseFloor(0.9, 0.05).weight(returns, torch.ones(4, 1), 0.9)
-    assert weight[1].item() == 1.0
+def known(flip: float) -> RewardNoise:
+    """The estimates of an endless past of responses that are surely wrong or surely right."""
+    noise = RewardNoise(0.9)
+    for end, mean in (("low", flip), ("high", 1 - flip)):
+        for moment in noise.moments[end]:
+            moment.add(mean)
+    noise.smallest.add(0.0)
+    noise.largest.add(1.0)
+    return noise
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.15, 0.4])
+def test_the_denoised_reward_is_the_posterior_of_the_clean_one(flip):
+    noise = known(flip)
+    assert noise.flip_rate == pytest.approx(flip)
+    for chance in (0.01, 0.3, 0.5, 0.9):
+        value = flip + (1 - 2 * flip) * chance
+        for reward in (0.0, 1.0):
+            likelihood = (1 - flip, flip) if reward else (flip, 1 - flip)  # of this reward for a right and for a wrong response
+            posterior = chance * likelihood[0] / (chance * likelihood[0] + (1 - chance) * likelihood[1])
+            got, _ = noise.denoised(torch.tensor([reward]), torch.tensor([value]), 1.0)
+            assert got.item() == pytest.approx(flip + (1 - 2 * flip) * posterior, abs=1e-5)  # in units of the noisy reward
+
+
+def test_gaussian_noise_has_the_floor_of_its_variance():
+    generator, noise = np.random.default_rng(0), RewardNoise(0.9)
+    for _ in range(30):
+        chances = generator.uniform(size=256) ** 8  # most are nearly 0
+        right, _ = judged(chances, 0.0, generator)
+        noise.update(right + 0.3 * torch.tensor(generator.normal(size=256), dtype=torch.float32), torch.tensor(chances))
+    assert noise.floor == pytest.approx(0.09, abs=0.02)
+
+
+@pytest.mark.parametrize(("flip", "gain"), [(0.0, 0.0), (0.28, 0.04)])
+def test_what_remains_of_a_reward_is_nearer_to_the_truth_and_clean_rewards_stay(flip, gain):
+    generator, noise = np.random.default_rng(0), RewardNoise(0.9)
+    for _ in range(30):
+        chances = generator.beta(0.3, 0.9, size=4096)
+        right, rewards = judged(chances, flip, generator)
+        values = torch.tensor(flip + (1 - 2 * flip) * chances, dtype=torch.float32)
+        noise.update(rewards, values)
+    fresh = (noise.denoised(rewards, values, 0.95)[0] - values, rewards - values)  # what a critic that knows the chance does not know
+    truth = right - torch.tensor(chances, dtype=torch.float32)
+    with_floor, as_it_is = (torch.corrcoef(torch.stack([x, truth]))[0, 1].item() for x in fresh)
+    assert with_floor - as_it_is > gain - 0.02
+
+
+def test_a_critic_that_cannot_rank_finds_all_of_the_variance_and_a_share_of_the_reward_is_kept():
+    generator, noise = np.random.default_rng(0), RewardNoise(0.9)
+    for _ in range(30):
+        _, rewards = judged(np.full(256, 0.5), 0.0, generator)
+        noise.update(rewards, torch.full((256,), 0.5))
+    assert noise.floor == pytest.approx(0.25, abs=0.01)
+    remaining, gain = noise.denoised(rewards, torch.full((256,), 0.5), 0.9)
+    torch.testing.assert_close(remaining, 0.5 + gain * (rewards - 0.5))
+    assert gain.min() >= 0.1 - 1e-6 and gain.max() < 0.15
 
 
 def test_the_effect_is_taken_from_the_last_token():
@@ -111,15 +158,21 @@ def adaptive_case(seed: int) -> AdvantageInputs:
 
 def test_the_advantage_is_the_weighted_gae_of_the_corrected_reward():
     case = adaptive_case(1)
-    got = GAE(GAEConfig(prompt_effect=True, signal_share=0.5))(case).advantages
+    estimator = GAE(GAEConfig(prompt_effect=True, denoise=0.5))
+    estimator.noise = known(0.2)
+    got = estimator(case).advantages
     effect = PromptEffect(0.9).predict(case.rewards, case.values[:, 0], 4)
-    weight = NoiseFloor(0.9, 0.05).weight(case.returns, case.mask, 0.5)
-    plain = gae(without_effect(case.token_rewards, effect, case.mask), case.returns, case.mask, 1.0, 0.95).mean(-1)
-    torch.testing.assert_close(got, whiten(plain * weight, case.mask))
+    noise, worth = known(0.2), before_last(case.values, case.mask)
+    noise.update(case.rewards, worth)
+    remaining = noise.denoised(case.rewards, worth, 0.5)[0]
+    assert (remaining != case.rewards).any()
+    token_rewards = without_effect(case.token_rewards, effect + case.rewards - remaining, case.mask)
+    plain = gae(token_rewards, case.returns, case.mask, 1.0, 0.95).mean(-1)
+    torch.testing.assert_close(got, whiten(plain, case.mask))
 
 
 def test_a_resumed_estimate_continues_where_it_stopped():
-    config = GAEConfig(prompt_effect=True, signal_share=0.5, spectrum="adaptive")
+    config = GAEConfig(prompt_effect=True, denoise=0.5, spectrum="adaptive")
     first, second = GAE(config), GAE(config)
     first(adaptive_case(1))
     second.load_state_dict(first.state_dict())
@@ -131,7 +184,7 @@ def test_a_resumed_estimate_continues_where_it_stopped():
 @pytest.mark.parametrize(
     ("train", "field"),
     [
-        ({"algorithm": "ppo", "advantage": {"signal_share": 0.5}}, "train.advantage.signal_share"),
+        ({"algorithm": "grpo", "advantage": {"denoise": 0.5}}, "train.advantage.denoise"),
         ({"algorithm": "dfpo", "advantage": {"prompt_effect": True}, "samples_per_prompt": 1}, "train.samples_per_prompt"),
     ],
 )

@@ -62,11 +62,11 @@ class PromptEffect:
 class RewardNoise:
     """How noisy the reward of one response is, and the reward without what is noise alone.
 
-    Anchors (Liu and Tao 2016): of the responses that the critic thinks worst, before their last token, `ANCHORS` of the batch are all
+    Anchors (Liu and Tao 2016): of the responses that the critic thinks worst, before their last token, ANCHORS of the batch are all
     wrong, or of those that it thinks best all right; then what their rewards differ by is noise. The smaller of both variances is the
-    floor, and for 0/1 rewards the rate at which the smaller share of either end got the other reward is the rate of flips. The critic need only
-    rank responses, and of values from before it saw these rewards, as rollout-time values are: where it cannot, the estimates are
-    too high (all of the variance), never too low but for chance.
+    floor, and for 0/1 rewards the share of either end that got the other reward, if it is the smaller, is the rate of flips. The critic
+    need only rank responses, by values from before it saw these rewards, as rollout-time values are. Where it cannot, the estimates
+    are too high (all of the variance), never too low but for chance.
 
     The reward that remains is the linear posterior mean of what the response is worth, given its reward R and the value V before its
     last token, which is the prior:    V + g (R - V),    g = 1 - floor / sigma^2,    sigma^2 = (high - V) (V - low).
