@@ -8,7 +8,7 @@ import torch
 from scipy import integrate, stats
 
 from dfpo_core.critics import flow_losses
-from dfpo_core.critics.flow import gaussian_rate, solve, stratified_noise
+from dfpo_core.critics.flow import arcsine_noise, gaussian_rate, solve, stratified_noise
 
 
 def gaussian_field(mean, std):
@@ -161,6 +161,11 @@ def test_the_quantile_loss_of_the_jump_is_least_at_the_quantile_function():
     best = flow_losses.jump_quantiles(exact, noise, target)
     for other in (exact + 0.1, exact * 1.3, exact.mean() + 0 * exact):
         assert flow_losses.jump_quantiles(other, noise, target) > best
+
+
+def test_arcsine_levels_follow_their_law():
+    levels = stats.norm.cdf(arcsine_noise((torch.arange(20000) + 0.5) / 20000).numpy())
+    assert stats.kstest(levels, stats.beta(0.5, 0.5).cdf).statistic < 1e-3
 
 
 def test_the_quantile_loss_keeps_a_bootstrapped_target_as_it_is():
