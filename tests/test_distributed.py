@@ -125,7 +125,8 @@ def test_the_step_starts_its_processes_and_logs_one_run(tmp_path, warm):
     model, _ = load_policy(str(tmp_path / "policy"), tmp_path)
     critic = load_critic(tmp_path / "critic")
     hidden = critic.backbone(torch.ones(1, 3).long()).last_hidden_state
-    assert critic.head.sample_returns(hidden).isfinite().all() and model.config.hidden_size == hidden.shape[-1]
+    reads = critic.reads(hidden, -torch.ones(1, 3), torch.ones(1, 3), torch.ones(1, 3))
+    assert critic.head.sample_returns(reads).isfinite().all() and model.config.hidden_size == hidden.shape[-1]
 
 
 def test_a_mistake_found_in_a_process_is_the_steps_one_line(tmp_path, warm, capfd):

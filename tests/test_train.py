@@ -163,6 +163,7 @@ def test_more_critic_layers_than_the_policy_has_is_one_line(tmp_path, warm):
 
 def test_a_saved_critic_loads_back_with_the_same_estimates(tmp_path, warm):
     from dfpo_core.critic_model import load_critic, save_critic
+    from dfpo_core.critics.confidence import FEATURES
 
     trainer = trainer_of(tmp_path, warm, critic_layers=1)
     trainer.step()
@@ -177,6 +178,8 @@ def test_a_saved_critic_loads_back_with_the_same_estimates(tmp_path, warm):
     with torch.no_grad():
         own, other = trainer.critic_backbone(*batch.sequences), ResponseHidden(loaded.backbone)(*batch.sequences)
         torch.testing.assert_close(own, other)
+        own, other = (c.reads(h, batch.log_probs, batch.entropy, batch.mask) for c, h in ((trainer.critic, own), (loaded, other)))
+        assert own.shape[-1] == trainer.hidden_size + FEATURES  # DFPO's critic reads the policy's confidence too
         torch.testing.assert_close(trainer.critic.head.sample_returns(own), loaded.head.sample_returns(other))
 
 
