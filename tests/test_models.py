@@ -76,7 +76,7 @@ def test_a_hub_id_is_accepted_without_a_network():
 
 
 def test_a_hub_model_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read from the environment when it is imported
     with pytest.raises(UserError, match="model: cannot load 'nobody/nothing'"):
         models.load_policy("nobody/nothing", tmp_path)
 

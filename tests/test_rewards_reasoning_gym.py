@@ -51,7 +51,8 @@ def test_garbage_and_programs_are_wrong_and_do_nothing(rows, answer, tmp_path):
     file = tmp_path / "written"
     answer = answer.replace("FILE", str(file))
     usual = [row for row in rows if row["answer"] != answer]
-    assert score(usual, [answer] * len(usual), limits=PATIENT) == [0.0] * len(usual)
+    limits = RewardsConfig(time_limit_seconds=2) if "**" in answer else PATIENT  # families that compute it run into the limit
+    assert score(usual, [answer] * len(usual), limits=limits) == [0.0] * len(usual)
     assert not file.exists()
 
 
