@@ -87,8 +87,7 @@ def known(flip: float) -> RewardNoise:
     for end, mean in (("low", flip), ("high", 1 - flip)):
         for moment in noise.moments[end]:
             moment.add(mean)
-    noise.smallest.add(0.0)
-    noise.largest.add(1.0)
+    noise.range = (0.0, 1.0)
     return noise
 
 

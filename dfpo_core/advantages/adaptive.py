@@ -72,14 +72,14 @@ class RewardNoise:
     last token, which is the prior:    V + g (R - V),    g = 1 - floor / sigma^2,    sigma^2 = (high - V) (V - low).
     sigma^2 is the variance of a reward that is `low` or `high`, the extremes seen so far, and the most that any reward between them can
     have (Bhatia and Davis 2000). A reward of 1 for a response that is surely wrong is taken for noise, one for a response that could
-    as well be right for news. Where rewards are clean the floor is 0 and g is 1.
+    as well be right for news. Where rewards are clean and an end of the ranking is certain, the floor is 0 and g is 1.
     """
 
     ANCHORS = 0.2
 
     def __init__(self, memory: float):
         self.moments = {end: (RunningMean(memory), RunningMean(memory)) for end in ("low", "high")}
-        self.smallest, self.largest = RunningMean(0.0), RunningMean(0.0)
+        self.range = (torch.inf, -torch.inf)  # smallest and largest reward so far
 
     def update(self, rewards: Tensor, values: Tensor) -> None:
         """Add a batch: rewards (B,), values before the last token (B,)."""
@@ -87,9 +87,7 @@ class RewardNoise:
         for end, chosen in (("low", order[:count]), ("high", order[-count:])):
             for power, mean in enumerate(self.moments[end], 1):
                 mean.add(rewards[chosen].pow(power).mean().item())
-        seen = self.smallest.weight > 0
-        self.smallest.add(min(rewards.min().item(), self.smallest.value if seen else torch.inf))
-        self.largest.add(max(rewards.max().item(), self.largest.value if seen else -torch.inf))
+        self.range = min(self.range[0], rewards.min().item()), max(self.range[1], rewards.max().item())
 
     @property
     def floor(self) -> float:
@@ -99,19 +97,18 @@ class RewardNoise:
     @property
     def flip_rate(self) -> float:
         """Rate of flips of 0/1 rewards, in [0, 1/2]; 0 before the first batch."""
-        return min(min(mean.value, 1 - mean.value) for mean, _ in self.moments.values()) if self.smallest.weight else 0.0
+        return min(min(mean.value, 1 - mean.value) for mean, _ in self.moments.values())
 
     def denoised(self, rewards: Tensor, values: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Rewards (B,) and values before the last token (B,) -> (what remains of the rewards, g), (B,) each; g is 1 - share at least."""
-        low, high = self.smallest.value, self.largest.value
+        low, high = self.range
         variance = ((high - values) * (values - low)).clamp(min=1e-12)
         gain = 1 - share * (self.floor / variance).clamp(max=1.0)
         return values + gain * (rewards - values), gain
 
     def running(self) -> dict[str, RunningMean]:
-        """Every running estimate by name."""
-        found = {f"{end}_{power}": mean for end, pair in self.moments.items() for power, mean in enumerate(pair, 1)}
-        return found | {"smallest": self.smallest, "largest": self.largest}
+        """Every running mean by name."""
+        return {f"{end}_{power}": mean for end, pair in self.moments.items() for power, mean in enumerate(pair, 1)}
 
 
 def before_last(values: Tensor, mask: Tensor) -> Tensor:

@@ -82,11 +82,12 @@ class GAE:
 
     def state_dict(self) -> dict[str, tuple[float, float]]:
         """What a resumed run needs."""
-        return {name: (mean.weighted, mean.weight) for name, mean in self._running().items()}
+        return {name: (mean.weighted, mean.weight) for name, mean in self._running().items()} | {"range": self.noise.range}
 
     def load_state_dict(self, state: dict[str, tuple[float, float]]) -> None:
         for name, mean in self._running().items():
             mean.weighted, mean.weight = state[name]
+        self.noise.range = state["range"]
 
     def _running(self) -> dict[str, RunningMean]:
         return {"shared": self.prompt_effect.shared, "total": self.prompt_effect.total, **self.noise.running()}
