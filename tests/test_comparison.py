@@ -71,6 +71,14 @@ def test_the_report_names_the_noisy_settings_and_draws_a_panel_for_each_setting_
     assert "noisy: mean over a, b." in comparison_report.render(study, records, summary, drawn)
 
 
+def test_no_two_algorithms_share_a_colour(tmp_path):
+    study = comparison.parse(
+        small(tmp_path, algorithms={"dfpo": {}} | {f"variant_{i}": {"train": {"algorithm": "ppo"}} for i in range(30)})
+    )
+    colours = dict(comparison_report._colours(study))
+    assert list(colours) == list(study.algorithms) and len(set(colours.values())) == 31
+
+
 def record(setting, algorithm, seed, start, end, ood=0.2, diverged="") -> dict:
     curve = [{"step": 0, "id_test": start, "ood_test": ood}, {"step": 10, "id_test": end, "ood_test": ood}]
     cost = {"cpu_seconds": 1.0, "peak_memory_bytes": 1.0}
