@@ -1,6 +1,6 @@
 """The most memory that a training step really holds, by torch's profiler; as a script, in each of torchrun's processes.
 
-torchrun .. tests/peak_memory.py OUTPUT CONFIG_JSON    bytes, one file a process: OUTPUT/peak-RANK
+torchrun .. tests/peak_memory.py OUTPUT NAME=CONFIG_JSON ..    bytes, one file a case and process: OUTPUT/NAME-RANK
 """
 
 from __future__ import annotations
@@ -76,13 +76,16 @@ def freed_where_it_is_counted(collective: Callable) -> Callable:
 
 
 def main() -> None:
-    output, config = sys.argv[1:]
+    output, *cases = sys.argv[1:]
     torch.set_num_threads(1)
     for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter", "reduce_scatter_tensor"):
         setattr(torch.distributed, name, freed_where_it_is_counted(getattr(torch.distributed, name)))
     distributed.join()
-    peak = peak_of_a_step(parse_config(json.loads(config)))
-    Path(output, f"peak-{distributed.rank()}").write_text(str(peak))
+    for case in cases:
+        name, config = case.split("=", 1)
+        peak = peak_of_a_step(parse_config(json.loads(config)))
+        gc.collect()  # nothing of this case is freed while the next one counts
+        Path(output, f"{name}-{distributed.rank()}").write_text(str(peak))
     distributed.leave()
 
 
