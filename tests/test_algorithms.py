@@ -58,6 +58,7 @@ def test_any_critic_can_drive_the_dfpo_policy_loss(critic):
         ({"critic": {"name": "flwo"}}, "train.critic.name", "flow, multi_quantile, q_function, quantile, scalar"),
         ({"critic": {"name": 3}}, "train.critic.name", "not a name"),
         ({"critic": {"anchor_weight": 0, "bellman_weight": 0}}, "train.critic", "cannot both be 0"),
+        ({"critic": {"consistency_largest": 0.5, "jump_weight": 0}}, "train.critic", "leaves the jump to jump_weight, which cannot be 0"),
         ({"critic": {"return_range": [1, 0]}}, "train.critic", "increasing"),
         ({"policy_loss": {"kl_weight": 1}}, "train.policy_loss.kl_weight", "train.kl_coefficient"),
         ({"algorithm": "grpo", "critic": {"lam": 1}}, "train.critic", "no critic"),

@@ -8,7 +8,7 @@ import torch
 from scipy import integrate, stats
 
 from dfpo_core.critics import flow_losses
-from dfpo_core.critics.flow import arcsine_noise, gaussian_rate, solve, stratified_noise
+from dfpo_core.critics.flow import arcsine_noise, consistency_grid, draw_levels, gaussian_rate, solve, stratified_noise
 
 
 def gaussian_field(mean, std):
@@ -93,6 +93,32 @@ def test_the_exact_flow_is_geometrically_consistent_and_the_bare_field_is_not():
     exact, field = gaussian_jump(0.2, 0.4), gaussian_field(0.2, 0.4)
     assert flow_losses.geometric_consistency(exact, exact, position, time, step, 0.0).item() < 1e-10
     assert flow_losses.geometric_consistency(field, field, position, time, step, 0.0).item() > 1e-2
+
+
+@pytest.mark.parametrize(("largest", "sizes"), [(1.0, [0.125, 0.25, 0.5, 1.0]), (0.5, [0.125, 0.25, 0.5])])
+def test_step_sizes_are_drawn_equally_often_and_flow_times_stand_on_their_grid(largest, sizes):
+    levels = draw_levels(1200, torch.Generator().manual_seed(0), torch.device("cpu"))
+    step_size, flow_time, smallest = consistency_grid(levels, largest, 3)
+    found, counts = step_size.unique(return_counts=True)
+    assert found.tolist() == sizes and smallest == 0.125
+    assert counts.tolist() == pytest.approx([1200 / len(sizes)] * len(sizes), abs=2)
+    assert (flow_time % step_size == 0).all() and (flow_time + step_size <= 1).all()
+
+
+def test_a_step_that_stands_off_is_pulled_by_loss_3_as_its_distance_and_by_the_quantile_loss_as_its_square():
+    """Why `consistency_largest` 0.5 exists. Returns 0 or 1, each half of the time; the jump steps at level 1/2 + distance instead."""
+    noise = stratified_noise(20000)
+    level, y, still = torch.special.ndtr(noise), torch.tensor([0.0, 1.0]), torch.zeros(20000)
+    pulls = {}
+    for distance in (0.01, 0.02):
+        jump = lambda z, t, d, at=0.5 + distance: (torch.special.ndtr(z) > at).float() - z  # noqa: E731
+        right = (level > 0.5).float() - noise
+        half_steps = lambda z, t, d, right=right: right  # noqa: E731
+        consistency = flow_losses.geometric_consistency(jump, half_steps, noise, still, still + 1, 0.0).item()
+        excess = [flow_losses.jump_quantiles(noise + v, noise, y).item() for v in (jump(noise, still, still), right)]
+        pulls[distance] = consistency, excess[0] - excess[1]
+    assert pulls[0.01] == pytest.approx((0.01, 0.01**2 / 2), rel=0.02)
+    assert pulls[0.02] == pytest.approx((0.02, 0.02**2 / 2), rel=0.02)
 
 
 def test_geometric_consistency_teaches_nothing_through_its_target():

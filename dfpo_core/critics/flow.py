@@ -52,6 +52,9 @@ class FlowConfig(Section):
     weighting: Literal["none", "confidence", "robust"] = Field("robust", description="weight of loss 2 by uncertainty")
     weighting_scale: float = Field(1.0, gt=0, description="temperature T of confidence, sigma_0 of robust, in half return ranges")
     consistency_weight: float = Field(5.0, ge=0, description="loss 3: geometric consistency")
+    # At d = 1 loss 3 pulls the jump towards two half steps, in proportion to the distance where the quantile loss pulls back with its square:
+    # where the half steps blur a tail, or stand a little off, the jump follows. 0.5 leaves the jump to the quantile loss.
+    consistency_largest: Literal[1.0, 0.5] = Field(1.0, description="largest step size of loss 3; 0.5 needs the jump loss")
     consistency_halvings: int = Field(4, ge=1, le=8, description="smallest step size of loss 3 is 2^-halvings")
     jump_weight: float = Field(3.0, ge=0, description="quantile loss of the one-step samples, beside loss 3")
     # arcsine finds extreme quantiles in fewer updates (heavy tails: tests/benchmarks/flow_faithful.py) and the middle ones in more.
@@ -72,6 +75,8 @@ class FlowConfig(Section):
             raise ValueError("return_range must be increasing")
         if self.anchor_weight == self.bellman_weight == 0:
             raise ValueError("anchor_weight and bellman_weight cannot both be 0")
+        if self.consistency_largest == 0.5 and self.consistency_weight > 0 and self.jump_weight == 0:
+            raise ValueError("consistency_largest 0.5 leaves the jump to jump_weight, which cannot be 0")
         return self
 
 
@@ -256,7 +261,7 @@ class FlowCritic(nn.Module):
         if config.anchor_weight:
             terms["anchor"] = config.anchor_weight, flow_losses.anchor(velocity, levels.noise, levels.flow_time, target)
         if config.consistency_weight:
-            step_size, flow_time, smallest = consistency_grid(levels, config.consistency_halvings)
+            step_size, flow_time, smallest = consistency_grid(levels, config.consistency_largest, config.consistency_halvings)
             position = (1 - flow_time) * levels.noise + flow_time * target
             consistency = flow_losses.geometric_consistency(velocity, target_velocity, position, flow_time, step_size, smallest)
             terms["consistency"] = config.consistency_weight, consistency
@@ -347,9 +352,10 @@ def arcsine_noise(uniform: Tensor) -> Tensor:
     return torch.special.ndtri((uniform.double() * math.pi / 2).sin().square().clamp(1e-6, 1 - 1e-6)).to(uniform.dtype)
 
 
-def consistency_grid(levels: Levels, halvings: int) -> tuple[Tensor, Tensor, float]:
-    """Step sizes d in {1, 1/2, .., 2^-halvings} and flow times on the grid of multiples of d, both (S,), and the smallest d."""
-    step_size = 0.5 ** (levels.step * (halvings + 1)).floor()
+def consistency_grid(levels: Levels, largest: float, halvings: int) -> tuple[Tensor, Tensor, float]:
+    """Step sizes d in {largest, .., 1/4, .., 2^-halvings} and flow times on the grid of multiples of d, both (S,), and the smallest d."""
+    first = int(largest == 0.5)
+    step_size = 0.5 ** (first + (levels.step * (halvings + 1 - first)).floor())
     return step_size, (levels.flow_time / step_size).floor() * step_size, 0.5**halvings
 
 
