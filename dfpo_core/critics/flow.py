@@ -52,7 +52,7 @@ class FlowConfig(Section):
     weighting: Literal["none", "confidence", "robust"] = Field("robust", description="weight of loss 2 by uncertainty")
     weighting_scale: float = Field(1.0, gt=0, description="temperature T of confidence, sigma_0 of robust, in half return ranges")
     consistency_weight: float = Field(5.0, ge=0, description="loss 3: geometric consistency")
-    # At d = 1 loss 3 pulls the jump towards two half steps, in proportion to the distance where the quantile loss pulls back with its square:
+    # At d = 1 loss 3 pulls the jump towards two half steps in proportion to the distance, and the quantile loss back with its square:
     # where the half steps blur a tail, or stand a little off, the jump follows. 0.5 leaves the jump to the quantile loss.
     consistency_largest: Literal[1.0, 0.5] = Field(1.0, description="largest step size of loss 3; 0.5 needs the jump loss")
     consistency_halvings: int = Field(4, ge=1, le=8, description="smallest step size of loss 3 is 2^-halvings")
