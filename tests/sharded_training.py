@@ -1,4 +1,4 @@
-"""Five steps of training in every engine, run by torchrun in two processes, or plainly in one; test_distributed.py reads the results.
+"""Four steps of training in every engine, run by torchrun in two processes, or plainly in one; test_distributed.py reads the results.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/sharded_training.py WARM OUTPUT CASE=JSON ..
 """
@@ -17,7 +17,7 @@ from dfpo_core import checkpoint, distributed, train  # noqa: E402
 from dfpo_core.models import load_policy, save_policy  # noqa: E402
 from tests.training import rows_of_sums, tiny_config  # noqa: E402
 
-STEPS, SAVED_AFTER = 5, 3
+STEPS, SAVED_AFTER = 4, 2
 
 
 def trained(folder: Path, warm: str, settings: dict) -> dict:

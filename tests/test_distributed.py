@@ -58,7 +58,7 @@ def shared(warm, tmp_path_factory):
 
 
 def assert_same_training(one: list[dict], other: list[dict]) -> None:
-    assert len(one) == len(other) == 5
+    assert len(one) == len(other) == 4
     for step, (expected, found) in enumerate(zip(one, other, strict=True)):
         assert expected.keys() == found.keys()
         for name in expected.keys() - TIMES:

@@ -84,7 +84,7 @@ def test_the_packaged_model_has_the_shape_in_its_file():
     ("shape", "settings", "precision"),
     [
         (LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": False}, {"micro_batch_prompts": 2}, "fp32"),
-        (LLAMA | {"num_hidden_layers": 2, "tie_word_embeddings": True}, {"micro_batch_prompts": 4}, "bf16"),
+        (LLAMA | {"num_hidden_layers": 2, "tie_word_embeddings": True}, {"micro_batch_prompts": 4, "samples_per_prompt": 2}, "bf16"),
         (QWEN3 | {"num_key_value_heads": 2, "tie_word_embeddings": False}, {"critic_layers": 2, "minibatches": 2}, "fp32"),
         (QWEN3 | {"num_key_value_heads": 2, "tie_word_embeddings": True}, {"algorithm": "grpo"}, "fp32"),
         (QWEN3 | {"num_key_value_heads": 2, "tie_word_embeddings": False}, {"gradient_checkpointing": True}, "fp32"),
