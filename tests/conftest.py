@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "pipelines" / "configs" / "tiny.yaml"
+# A script and its arguments follow.
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores ctrl-c, and so would everything it starts, the commands that the tests interrupt included."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def dfpo(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: int = 250) -> subprocess.CompletedProcess:

@@ -74,6 +74,13 @@ def start_run(home, *overrides: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def kill_all(process: subprocess.Popen) -> None:
+    """Kill the command and what it started, if a failed test has left it running."""
+    if process.poll() is None:
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            one.kill()
+
+
 def interrupt(process: subprocess.Popen, number: int) -> str:
     """Send the signal to the command alone; its standard error once it and all its children have ended."""
     children = wait_for(lambda: psutil.Process(process.pid).children(recursive=True))
@@ -93,7 +100,7 @@ def test_ctrl_c_ends_the_steps_processes_and_kills_the_mlflow_runs(tmp_path):
         wait_for(lambda: client.search_runs([experiment], "tags.`dfpo.step` = 'sft'"))
         errors = interrupt(process, signal.SIGINT)
     finally:
-        process.kill()
+        kill_all(process)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
     status = {run.data.tags["dfpo.step"]: run.info.status for run in client.search_runs([experiment])}
@@ -106,7 +113,7 @@ def test_sigterm_ends_the_steps_processes_too(tmp_path):
         wait_for(lambda: any("Executing task" in log.read_text() for log in tmp_path.glob("logs/*.log")))
         errors = interrupt(process, signal.SIGTERM)
     finally:
-        process.kill()
+        kill_all(process)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TWO_PROCESSES
 from mlflow import MlflowClient
 
 from dfpo_core import distributed, launch, lora, train
@@ -53,8 +54,7 @@ def alone(warm, tmp_path_factory):
 @pytest.fixture(scope="module")
 def shared(warm, tmp_path_factory):
     pytest.importorskip("deepspeed", reason="needs the extra dfpo[deepspeed]")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return trained(tmp_path_factory.mktemp("shared"), warm, launcher, CASES | {"adapted": ADAPTED, "bf16": BF16})
+    return trained(tmp_path_factory.mktemp("shared"), warm, TWO_PROCESSES, CASES | {"adapted": ADAPTED, "bf16": BF16})
 
 
 def assert_same_training(one: list[dict], other: list[dict]) -> None:

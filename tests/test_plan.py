@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, TWO_PROCESSES
 from peak_memory import PROMPT_TOKENS, RESPONSE_TOKENS, peak_of_a_step, untrained_model
 from training import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -117,9 +116,8 @@ def zero_peaks(tmp_path_factory):
     model = untrained_model(folder, QWEN3 | {"hidden_size": 384, "num_hidden_layers": 3, "num_key_value_heads": 2, "vocab_size": 2000})
     sharded = {"engine": "deepspeed", "processes": 2}
     configs = {name: measured_config(folder, model, sharded | settings, precision) for name, (settings, precision) in ZERO.items()}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), str(folder)]
     cases = [f"{name}={config.to_json()}" for name, config in configs.items()]
-    done = subprocess.run([*launcher, *cases], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*TWO_PROCESSES, str(WORKER), str(folder), *cases], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: (config, [int((folder / f"{name}-{rank}").read_text()) for rank in (0, 1)]) for name, config in configs.items()}
 
