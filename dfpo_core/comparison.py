@@ -58,6 +58,11 @@ class ComparisonConfig(Section):
         """The settings whose mean is `noisy`."""
         return self.noisy or [s for s in self.settings if s != self.clean and s not in self.only]
 
+    @property
+    def reported(self) -> list[str]:
+        """The columns of tables and figures: every setting, and `noisy` where it is a mean of more than one."""
+        return [*self.settings, *(["noisy"] if len(self.averaged) > 1 else [])]
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -132,6 +137,8 @@ def parse(values: dict[str, Any]) -> ComparisonConfig:
         for name in getattr(study, kind):
             if not KEY.fullmatch(name):
                 raise UserError(f"{kind}.{name}", "a name becomes part of a file name", "use a-z, 0-9, _, - and .")
+    if "noisy" in study.settings:
+        raise UserError("settings.noisy", "the mean over the noisy settings has this name", "give the setting another")
     for setting, names in study.only.items():
         for name in (setting, *names):
             if name not in (study.settings if name is setting else study.algorithms):
@@ -533,7 +540,7 @@ def summarise(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> dic
     by_cell = {(r["setting"], r["algorithm"], r["seed"]): r for r in records}
     rows, pairs = [], []
     for algorithm in study.algorithms:
-        for setting in (*study.settings, "noisy"):
+        for setting in study.reported:
             for measure in ("id", "ood", "average", "area"):
                 values = _by_seed(study, by_cell, setting, algorithm, measure)
                 if not values:
@@ -591,7 +598,7 @@ def best_points(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> d
 def markdown(study: ComparisonConfig, summary: dict[str, Any]) -> str:
     """Tables: accuracy by setting, paired differences over the noisy settings and by setting, runs and cost."""
     means = {(r["setting"], r["algorithm"], r["measure"]): r for r in summary["means"]}
-    settings = [s for s in (*study.settings, "noisy") if any(key[0] == s for key in means)]
+    settings = [s for s in study.reported if any(key[0] == s for key in means)]
     lines = ["Accuracy at the end in points, mean over seeds: in domain / out of domain.", "", f"| | {' | '.join(settings)} |"]
     lines.append("|---|" + "---|" * len(settings))
     for algorithm in study.algorithms:

@@ -60,7 +60,7 @@ def heat_map(study: ComparisonConfig, summary: dict[str, Any]):
     from matplotlib.figure import Figure
 
     means = {(m["setting"], m["algorithm"]): 100 * m["mean"] for m in summary["means"] if m["measure"] == "average"}
-    settings = [s for s in (*study.settings, "noisy") if any(key[0] == s for key in means)]
+    settings = [s for s in study.reported if any(key[0] == s for key in means)]
     names = [a for a in study.algorithms if any(key[1] == a for key in means)]
     values = np.array([[means.get((s, a), np.nan) for s in settings] for a in names])
     figure = Figure(figsize=(2.6 + 1.15 * len(settings), 1.2 + 0.42 * len(names)), layout="constrained")
@@ -81,7 +81,7 @@ def forest(study: ComparisonConfig, pairs: list[dict[str, Any]]):
     """Reference minus rival, paired by seed, with 95 % intervals: a panel a setting."""
     from matplotlib.figure import Figure
 
-    settings = [s for s in (*study.settings, "noisy") if any(p["setting"] == s for p in pairs)]
+    settings = [s for s in study.reported if any(p["setting"] == s for p in pairs)]
     names = [a for a in study.algorithms if any(p["rival"] == a for p in pairs)]
     rows, columns = _grid(len(settings), 5)
     figure = Figure(figsize=(1.8 + 2.3 * columns, 0.4 + rows * (1.0 + 0.34 * len(names))), layout="constrained")
@@ -126,11 +126,9 @@ def render(study: ComparisonConfig, records: list[dict[str, Any]], summary: dict
     heading = (
         f"<h1>{escape(study.name)}</h1><p class='soft'>{escape(done)}. Greedy accuracy on held-out questions: {escape(questions)}.</p>"
     )
+    mean = f"; noisy: mean over {', '.join(study.averaged)}" if "noisy" in study.reported else ""
     notes = {
-        "heat_map": (
-            "Where each algorithm ends",
-            f"Average of in-domain and out-of-domain accuracy at the end; noisy: mean over {', '.join(study.averaged)}.",
-        ),
+        "heat_map": ("Where each algorithm ends", f"Average of in-domain and out-of-domain accuracy at the end{mean}."),
         "forest": (f"{study.reference} against each rival", "Paired by seed, 95 % Student's t. Right of zero is better than the rival."),
         "curves": ("Learning curves", "Mean over seeds; the band reaches from the lowest to the highest seed."),
     }

@@ -474,6 +474,11 @@ class PipelineConfig(Section):
         return self.train.processes or self.cluster.gpu_count or 1
 
     @property
+    def processes(self) -> int:
+        """Processes of the whole training, over all nodes."""
+        return self.processes_a_node * self.cluster.nodes
+
+    @property
     def tracking_uri(self) -> str:
         """The configured tracking URI, or the SQLite store under home."""
         return self.tracking.uri or f"sqlite:///{self.home_path / 'mlflow.db'}"

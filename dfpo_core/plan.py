@@ -273,7 +273,7 @@ def plan(config: PipelineConfig, model_config: str = "", gpus: int = 0) -> Plan:
         problem = f"{train.critic_layers} is above the policy's {shape.num_hidden_layers} layers"
         raise UserError("train.critic_layers", problem, f"use 0 to {shape.num_hidden_layers}")
     on_gpu = gpus > 0 or config.cluster.gpu_count > 0
-    gpus = gpus or config.processes_a_node * config.cluster.nodes
+    gpus = gpus or config.processes
     launch.check_shares(train, gpus)
     minibatch = train.prompts_per_step // train.minibatches // gpus
     name = algorithm.critic_name

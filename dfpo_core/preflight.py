@@ -191,7 +191,7 @@ def _algorithm(config: PipelineConfig) -> Iterator[UserError]:
         if not problems:
             from dfpo_core import launch
 
-            yield from _raised(launch.check_shares, config.train, config.processes_a_node * config.cluster.nodes)
+            yield from _raised(launch.check_shares, config.train, config.processes)
 
 
 def _reward(config: PipelineConfig) -> Iterator[UserError]:

@@ -50,13 +50,16 @@ def test_the_noisy_average_is_over_the_settings_that_are_named(tmp_path):
     records = [
         record(setting, name, seed, 0.1, end, ood=end) for setting, end in ends.items() for name in ("dfpo", "grpo") for seed in (1, 2)
     ]
-    for noisy, expected in ([[], 0.4], [["wrong"], 0.6]):
+    for noisy, expected in ([[], [0.4, 0.4]], [["clean", "more"], [0.55, 0.55]], [["wrong"], []]):  # of one setting: its own column again
         study = comparison.parse(small(tmp_path, settings=three, noisy=noisy))
-        rows = comparison.summarise(study, records)["means"]
-        means = [r["mean"] for r in rows if r["setting"] == "noisy" and r["measure"] == "average"]
-        assert means == pytest.approx([expected, expected])
+        summary = comparison.summarise(study, records)
+        means = [r["mean"] for r in summary["means"] if r["setting"] == "noisy" and r["measure"] == "average"]
+        assert means == pytest.approx(expected)
+        assert ("noisy |" in comparison.markdown(study, summary)) == bool(expected)
     with pytest.raises(UserError, match="noisy: 'other' is not defined"):
         comparison.parse(small(tmp_path, noisy=["other"]))
+    with pytest.raises(UserError, match="settings.noisy: the mean over the noisy settings has this name"):
+        comparison.parse(small(tmp_path, settings={"noisy": {}}))
 
 
 def test_the_report_names_the_noisy_settings_and_draws_a_panel_for_each_setting_alone(tmp_path):
