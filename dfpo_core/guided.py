@@ -57,7 +57,10 @@ class GuidedHead(nn.Module):
         self.unembed, self.q_function, self.hidden_size = unembed, q_function, hidden_size
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.plain(hidden).log_softmax(-1) + self.q_function.guidance(hidden[..., self.hidden_size :])
+        of_reference, of_guide = self.plain(hidden), self.unembed(hidden[..., self.hidden_size :]).float()
+        heat = self.q_function.config.temperature
+        preference = (of_guide / heat).log_softmax(-1) - (of_reference / heat).log_softmax(-1)
+        return of_reference.log_softmax(-1) + self.q_function.guidance(hidden[..., self.hidden_size :], preference)
 
     def plain(self, hidden: Tensor) -> Tensor:
         """Logits of the reference alone."""

@@ -108,9 +108,9 @@ class Trainer:
 
     def _add_critic(self) -> None:
         """The critic, and the engines of its parts: the head is small and whole in every process, whatever shards the backbone."""
-        config, vocabulary, s = self.algorithm.critic_config, self.reference.get_output_embeddings().weight.shape[0], self.settings
+        config, s = self.algorithm.critic_config, self.settings
         if self.algorithm.guided:
-            config = config.model_copy(update={"vocabulary": vocabulary})
+            config = config.model_copy(update={"temperature": s.temperature})
         head = critics.registry.get(self.algorithm.critic_name)(self.hidden_size, config)
         self.critic = CriticModel(self.reference, head, s.critic_layers).to(self.device)
         if s.gradient_checkpointing:
@@ -312,6 +312,11 @@ class Trainer:
         hidden = self.critic_backbone(*part.sequences)
         return self.critic.reads(hidden, part.log_probs, part.entropy, part.mask)
 
+    def preference(self, hidden: Tensor, part: Rollout) -> Tensor:
+        """(B, T) by how much the guide, of hidden states (B, T, H), thinks more of the sampled tokens than the reference does."""
+        own, _ = rollout.token_log_probs(self.reference, hidden, part.response_ids, self.settings.temperature)
+        return own - part.reference_log_probs
+
     @torch.no_grad()
     def estimate(self, hidden: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """(return samples (B, T, K), values (B, T)) of the rollout-time critic."""
@@ -369,8 +374,9 @@ class Trainer:
             micro_rewards, micro_hidden, micro_returns = (None if t is None else self.rows_of(t, part) for t in per_row)
             with self.autocast():
                 hidden = self.critic_reads(micro)
+                preference = self.preference(hidden, micro) if self.guided else None
             output = self.critic.head.loss(
-                CriticBatch(hidden, micro_hidden, micro_rewards, micro.critic_mask, token_count, micro_returns, levels, micro.response_ids)
+                CriticBatch(hidden, micro_hidden, micro_rewards, micro.critic_mask, token_count, micro_returns, levels, preference)
             )
             self.critic_backbone.backward(output.loss, last)  # through the head, whose gradients it adds to
             metrics = {key: metrics.get(key, 0.0) + value for key, value in output.metrics.items()}

@@ -90,7 +90,7 @@ class CriticBatch:
     token_count: float  # valid tokens in the global minibatch that this is a part of
     old_returns: Tensor  # (B, T, K) the critic's samples at rollout time (for value clipping)
     generator: torch.Generator | None = None  # a CPU generator that draws the flow times
-    tokens: Tensor | None = None  # (B, T) int64, the sampled tokens, for critics of single tokens
+    preference: Tensor | None = None  # (B, T) with gradient, of the sampled tokens: ln pi_guide - ln pi_ref, for the critic of Q#
 
 
 @dataclass(frozen=True)

@@ -21,29 +21,30 @@ from dfpo_core.types import CriticBatch
 
 def q_function(hidden_size=8, **options):
     torch.manual_seed(0)
-    return QFunction(hidden_size, QFunctionConfig(**{"vocabulary": 5, "width": 16, **options}))
+    return QFunction(hidden_size, QFunctionConfig(**options))
 
 
 def test_guidance_is_the_scaled_log_of_the_mean_exponential():
-    """P(Z = 1) = 0.2 for token 3: ln(0.8 + 0.2 e^(1 / 0.5)); all other tokens are as likely to win as not."""
+    """P(Z = 1 | s) = 0.2. A token that the guide finds as likely as the reference: ln(0.8 + 0.2 e^(1 / 0.5)); three times as likely: odds
+    of 0.75, so P = 3 / 7."""
     critic = q_function(eta=0.5)
     with torch.no_grad():
-        critic.out.bias.view(5, 2)[3] = torch.tensor([math.log(0.8), math.log(0.2)])
-    guidance = critic.guidance(torch.randn(2, 8))
-    assert guidance[:, 3].tolist() == pytest.approx([math.log(0.8 + 0.2 * math.e**2)] * 2, rel=1e-5)
-    assert guidance[:, 0].tolist() == pytest.approx([math.log(0.5 + 0.5 * math.e**2)] * 2, rel=1e-5)
+        critic.out.bias.copy_(torch.tensor([math.log(0.8), math.log(0.2)]))
+    guidance = critic.guidance(torch.randn(2, 8), torch.tensor([[0.0, math.log(3)]] * 2))
+    assert guidance[:, 0].tolist() == pytest.approx([math.log(0.8 + 0.2 * math.e**2)] * 2, rel=1e-5)
+    assert guidance[:, 1].tolist() == pytest.approx([math.log(4 / 7 + 3 / 7 * math.e**2)] * 2, rel=1e-5)
 
 
 def test_the_loss_is_the_cross_entropy_of_the_reward_to_go_split_between_atoms():
-    """Atoms 0, 1/2, 1. Rewards 0.25, 0.5: to go 0.75 and 0.5, so token 0 counts 1/2 for 1/2 and 1/2 for 1, token 1 for 1/2 alone."""
+    """Atoms 0, 1/2, 1, of probability 0.2, 0.3, 0.5 where guide and reference agree. Rewards 0.25, 0.5: to go 0.75 and 0.5, so token 0
+    counts 1/2 for 1/2 and 1/2 for 1, token 1 for 1/2 alone. The guide finds token 1 four times as likely: 1/2 weighs 2 times, 1 weighs 4."""
     critic = q_function(atoms=3)
-    log_probabilities = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.6, 0.3]]).log()
     with torch.no_grad():
-        critic.out.bias.view(5, 3)[:2] = log_probabilities
+        critic.out.bias.copy_(torch.tensor([0.2, 0.3, 0.5]).log())
     rewards, mask = torch.tensor([[0.25, 0.5, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]])
-    rewards = rewards * mask
-    batch = CriticBatch(torch.randn(1, 3, 8), None, rewards, mask, 2.0, None, tokens=torch.tensor([[0, 1, 4]]))
-    expected = -(0.5 * math.log(0.3) + 0.5 * math.log(0.5) + math.log(0.6)) / 2
+    rewards, preference = rewards * mask, torch.tensor([[0.0, math.log(4), 7.0]])
+    batch = CriticBatch(torch.randn(1, 3, 8), None, rewards, mask, 2.0, None, preference=preference)
+    expected = -(0.5 * math.log(0.3) + 0.5 * math.log(0.5) + math.log(0.6 / 2.8)) / 2
     assert critic.loss(batch).loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -52,17 +53,18 @@ def test_the_guided_policy_converges_to_the_enumerated_optimum_of_a_tree():
     generator, eta = np.random.default_rng(0), 0.3
     reference = generator.dirichlet(np.ones(3), size=4)  # of the root and of the state after each first token
     chance = generator.uniform(size=(3, 3))
-    critic = q_function(hidden_size=4, vocabulary=3, eta=eta, width=32)
-    optimizer, states = torch.optim.Adam(critic.parameters(), 1e-2), torch.eye(4)
+    critic, of_reference, states = q_function(hidden_size=4, eta=eta), torch.tensor(reference).float().log(), torch.eye(4)
+    guide = torch.nn.Parameter(of_reference.clone())  # logits; a guide begins as the reference
+    optimizer = torch.optim.Adam([*critic.parameters(), guide], 1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 700)
     for _ in range(700):
         first = generator.choice(3, size=512, p=reference[0])
         second = (generator.uniform(size=(512, 1)) > reference[1 + first].cumsum(1)[:, :2]).sum(1)
         won = generator.uniform(size=512) < chance[first, second]
         rewards = torch.tensor(np.stack([np.zeros(512), won], 1), dtype=torch.float32)
-        hidden = torch.stack([states[0].expand(512, 4), states[1 + first]], 1)
-        tokens = torch.tensor(np.stack([first, second], 1))
-        loss = critic.loss(CriticBatch(hidden, None, rewards, torch.ones(512, 2), 1024.0, None, tokens=tokens)).loss
+        visited, tokens = np.stack([np.zeros(512, int), 1 + first], 1), np.stack([first, second], 1)
+        preference = (guide.log_softmax(-1) - of_reference)[visited, tokens]
+        loss = critic.loss(CriticBatch(states[visited], None, rewards, torch.ones(512, 2), 1024.0, None, preference=preference)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -75,7 +77,7 @@ def test_the_guided_policy_converges_to_the_enumerated_optimum_of_a_tree():
     total = sum(weight.values())
     best_first = np.array([sum(weight[a, b] for b in range(3)) for a in range(3)]) / total
     best_second = np.array([[weight[a, b] for b in range(3)] for a in range(3)]) / (best_first[:, None] * total)
-    guidance = critic.guidance(states).detach().numpy()
+    guidance = critic.guidance(states, guide.log_softmax(-1) - of_reference).detach().numpy()
     found = reference * np.exp(guidance)
     found /= found.sum(1, keepdims=True)
     assert found[0] == pytest.approx(best_first, abs=0.03)
@@ -85,9 +87,8 @@ def test_the_guided_policy_converges_to_the_enumerated_optimum_of_a_tree():
 @pytest.fixture
 def guided(tmp_path):
     reference, tokenizer = load_policy("scratch:tiny", tmp_path)
-    config = QFunctionConfig(vocabulary=len(tokenizer))
     torch.manual_seed(1)
-    return GuidedPolicy(reference, CriticModel(reference, QFunction(reference.config.hidden_size, config))), tokenizer
+    return GuidedPolicy(reference, CriticModel(reference, QFunction(reference.config.hidden_size, QFunctionConfig()))), tokenizer
 
 
 def spoken(model, tokenizer, prompts, **options):
@@ -105,16 +106,15 @@ def test_an_untrained_guide_changes_nothing(guided):
     torch.testing.assert_close(plain.log_probs, found.log_probs, atol=1e-4, rtol=1e-4)
 
 
-def favour(model, token):
-    with torch.no_grad():
-        model.critic.head.out.bias.view(-1, 2)[token] = torch.tensor([-20.0, 20.0])
-
-
 def test_a_guide_decides_up_to_the_switch_and_the_reference_behind_it(guided):
     model, tokenizer = guided
-    favour(model, 7)
-    with torch.no_grad():
-        model.critic.head.out.bias.view(-1, 2)[:, 0] += 20 * (torch.arange(len(tokenizer)) != 7)
+    row = model.reference.get_output_embeddings().weight[7].detach()
+
+    def only_token_7(module, inputs, output):
+        output.last_hidden_state = (60 * row / row.square().sum()).expand_as(output.last_hidden_state)
+        return output
+
+    model.critic.backbone.register_forward_hook(only_token_7)
     switch = torch.tensor([0, 2, 6, 6])
     found = spoken(model, tokenizer, ["12+3=", "4="], temperature=0.0, guided_tokens=switch).response_ids
     alone = spoken(model.reference, tokenizer, ["12+3=", "4="], temperature=0.0).response_ids
@@ -122,14 +122,33 @@ def test_a_guide_decides_up_to_the_switch_and_the_reference_behind_it(guided):
     assert found[1, :2].tolist() == [7, 7] and found[2].tolist() == [7] * 6
 
 
+def test_the_preference_that_acts_is_the_one_that_was_learned_at_the_sampling_temperature(tmp_path):
+    trainer = Trainer(tiny_config(tmp_path, {"algorithm": "q_sharp", "temperature": 0.7}), "scratch:tiny", rows_of_sums())
+    with torch.no_grad():
+        for weight in trainer.critic.backbone.layers.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    batch, _ = trainer.sample()
+    seen = []
+    trainer.guided.head.q_function.guidance = lambda hidden, preference: seen.append(preference) or preference
+    with torch.no_grad():
+        of_both = rollout.response_hidden(trainer.guided.base_model, *batch.sequences)
+        trainer.guided.head(of_both)
+        learned = trainer.preference(trainer.critic_reads(batch), batch)
+    acting = seen[0].gather(-1, batch.response_ids[..., None])[..., 0]
+    assert learned.abs().max() > 0.1
+    torch.testing.assert_close(acting * batch.mask, learned * batch.mask, atol=1e-4, rtol=1e-4)
+
+
 def test_a_guided_policy_is_the_same_from_its_checkpoint(guided, tmp_path):
     model, tokenizer = guided
-    favour(model, 9)
+    with torch.no_grad():
+        for weight in model.critic.parameters():
+            weight.add_(0.05 * torch.randn_like(weight) * weight.requires_grad)
     save_policy(model, tokenizer, tmp_path / "policy")
     loaded, _ = load_policy(str(tmp_path / "policy"), tmp_path)
     assert isinstance(loaded, GuidedPolicy)
-    first, second = (spoken(m, tokenizer, ["1+1="]) for m in (model, loaded))
-    assert first.response_ids.tolist() == second.response_ids.tolist()
+    first, second, plain = (spoken(m, tokenizer, ["1+1="]) for m in (model, loaded, model.reference))
+    assert first.response_ids.tolist() == second.response_ids.tolist() != plain.response_ids.tolist()
     torch.testing.assert_close(first.log_probs, second.log_probs)
 
 
@@ -180,6 +199,7 @@ def test_a_cell_of_a_study_evaluates_the_guided_policy(tmp_path):
         ({"algorithm": "q_sharp", "advantage": {"name": "gae"}}, "train.advantage.name"),
         ({"algorithm": "q_sharp", "kl_coefficient": 0.1}, "train.kl_coefficient"),
         ({"algorithm": "q_sharp", "critic": {"return_range": [1, 0]}}, "train.critic"),
+        ({"algorithm": "q_sharp", "critic_layers": 1}, "train.critic_layers"),
     ],
 )
 def test_what_a_guide_cannot_do_is_refused(train, field):

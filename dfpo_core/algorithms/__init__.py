@@ -141,6 +141,8 @@ def _check_guided(algorithm: Algorithm, train: TrainConfig, needs_critic: bool) 
         raise UserError("train.rollout_engine", f"{name} samples with two models at once", "use hf")
     if train.kl_coefficient:
         raise UserError("train.kl_coefficient", f"{name} weighs the KL itself", "set it to 0 and train.critic.eta instead")
+    if train.critic_layers:
+        raise UserError("train.critic_layers", f"{name} begins as the whole reference policy", "use 0, which copies all")
 
 
 def _check_policy_loss(algorithm: Algorithm, train: TrainConfig) -> None:

@@ -3,6 +3,12 @@
 Under a deterministic environment the policy that is best for the reward minus eta times the KL to the reference is
     pi(a | s) proportional to pi_ref(a | s) exp(Q(s, a) / eta),   Q(s, a) = eta ln E exp(Z(s, a) / eta),
 Z the reward-to-go under pi_ref itself (Q#, arXiv 2502.20548): supervised learning, nothing is bootstrapped.
+
+The critic's backbone is a second language model, pi_guide, that starts as the reference, and the distribution of Z is tilted by how much
+more it thinks of a token than the reference does, its preference:
+    p(z | s, a) proportional to p(z | s) (pi_guide(a | s) / pi_ref(a | s))^z,   z scaled to 0 to 1.
+By Bayes' rule nothing is lost for rewards of 0 and 1: p(z | s, a) is p(z | s) pi(a | s, z) / pi_ref(a | s). And what a language model
+knows of tokens is there from the start, where a new head of a row a token would have to learn it from one reward a response.
 """
 
 from __future__ import annotations
@@ -25,8 +31,7 @@ class QFunctionConfig(Section):
         2, ge=2, description="values of the reward-to-go, evenly spaced over return_range; 2 are exact for rewards of 0 and 1"
     )
     return_range: tuple[float, float] = Field((0.0, 1.0), description="returns expected")
-    width: int = Field(64, ge=8, description="hidden width of the head")
-    vocabulary: int = Field(0, ge=0, description="tokens of the policy; the trainer sets it")
+    temperature: float = Field(1.0, gt=0, description="of the preference's log-probabilities; the trainer sets it to the one it samples at")
 
     @model_validator(mode="after")
     def _range_increases(self):
@@ -44,21 +49,21 @@ class QFunction(nn.Module):
     def __init__(self, hidden_size: int, config: QFunctionConfig):
         super().__init__()
         self.config = config
-        self.project = nn.Linear(hidden_size, config.width)
-        self.out = nn.Linear(config.width, config.vocabulary * config.atoms)
-        nn.init.zeros_(self.out.weight)  # all tokens alike: the guided policy starts as the reference
+        self.out = nn.Linear(hidden_size, config.atoms)  # p(z | s), uniform at the start
+        nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         self.register_buffer("values", torch.linspace(*config.return_range, config.atoms), persistent=False)
+        self.register_buffer("tilt", torch.linspace(0, 1, config.atoms), persistent=False)
 
-    def log_probabilities(self, hidden: Tensor) -> Tensor:
-        """hidden (.., H) -> log-probability of each value of Z for each token (.., V, atoms), fp32."""
+    def log_probabilities(self, hidden: Tensor, preference: Tensor) -> Tensor:
+        """hidden (.., H), ln pi_guide - ln pi_ref of A tokens (.., A) -> log-probability of each value of Z (.., A, atoms), fp32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            features = F.silu(self.project(F.rms_norm(hidden.float(), hidden.shape[-1:])))
-            return self.out(features).unflatten(-1, (self.config.vocabulary, self.config.atoms)).log_softmax(-1)
+            state = self.out(F.rms_norm(hidden.float(), hidden.shape[-1:]))
+            return (state[..., None, :] + preference.float()[..., None] * self.tilt).log_softmax(-1)
 
-    def guidance(self, hidden: Tensor) -> Tensor:
-        """Q(s, a) / eta = ln E exp(Z / eta) of each token: (.., H) -> (.., V)."""
-        return (self.log_probabilities(hidden) + self.values / self.config.eta).logsumexp(-1)
+    def guidance(self, hidden: Tensor, preference: Tensor) -> Tensor:
+        """Q(s, a) / eta = ln E exp(Z / eta) of each token: (.., H), (.., A) -> (.., A)."""
+        return (self.log_probabilities(hidden, preference) + self.values / self.config.eta).logsumexp(-1)
 
     def loss(self, batch: CriticBatch) -> LossOutput:
         """Cross-entropy of the reward-to-go of each sampled token; / token_count.
@@ -70,8 +75,7 @@ class QFunction(nn.Module):
         place = (to_go.clamp(low, high) - low) / (high - low) * (self.config.atoms - 1)
         below = place.floor().long().clamp(max=self.config.atoms - 2)
         share = place - below
-        chosen = batch.tokens[..., None, None].expand(*batch.tokens.shape, 1, self.config.atoms)
-        log_probabilities = self.log_probabilities(batch.hidden).gather(-2, chosen).squeeze(-2)
+        log_probabilities = self.log_probabilities(batch.hidden, batch.preference[..., None]).squeeze(-2)
         both = log_probabilities.gather(-1, torch.stack([below, below + 1], -1))
         error = -((1 - share) * both[..., 0] + share * both[..., 1])
         loss = masked_mean(error, batch.mask, batch.token_count)
