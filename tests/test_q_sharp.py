@@ -37,7 +37,7 @@ def test_guidance_is_the_scaled_log_of_the_mean_exponential():
 
 def test_the_loss_is_the_cross_entropy_of_the_reward_to_go_split_between_atoms():
     """Atoms 0, 1/2, 1, of probability 0.2, 0.3, 0.5 where guide and reference agree. Rewards 0.25, 0.5: to go 0.75 and 0.5, so token 0
-    counts 1/2 for 1/2 and 1/2 for 1, token 1 for 1/2 alone. The guide finds token 1 four times as likely: 1/2 weighs 2 times, 1 weighs 4."""
+    counts 1/2 for 1/2 and 1/2 for 1, token 1 for 1/2 alone. The guide finds token 1 four times as likely: 1/2 weighs 2, 1 weighs 4."""
     critic = q_function(atoms=3)
     with torch.no_grad():
         critic.out.bias.copy_(torch.tensor([0.2, 0.3, 0.5]).log())
