@@ -29,7 +29,11 @@ RAMPS, RAMP_LIMIT = 12, 2.2  # steep features of the position, evenly over [-RAM
 
 
 class FlowConfig(Section):
-    """Options of the flow critic. A weight of 0 switches a term off: it is then not computed."""
+    """Options of the flow critic. A weight of 0 switches a term off: it is then not computed.
+
+    Weights, weighting and steps are those that won the ablation and its repetition on other seeds (tests/benchmarks/results/robustness:
+    ablation, tuning_flow), where a comment does not say otherwise: the CVaR terms and one-step samples were above in the first only.
+    """
 
     width: int = Field(64, ge=8, description="hidden width of the head")
     noise_levels: int = Field(32, ge=2, description="K: stratified noise levels of sample_returns")
