@@ -50,7 +50,7 @@ class GuidedBackbone(nn.Module):
 
 
 class GuidedHead(nn.Module):
-    """Hidden states of both -> log pi_ref(a | s) + Q(s, a) / eta (.., V)."""
+    """Hidden states of both -> log pi_ref(a | s) + Q(s, a) / eta (.., V), but for a constant of each state: logits."""
 
     def __init__(self, unembed: nn.Module, q_function: nn.Module, hidden_size: int):
         super().__init__()
@@ -60,7 +60,7 @@ class GuidedHead(nn.Module):
         of_reference, of_guide = self.plain(hidden), self.unembed(hidden[..., self.hidden_size :]).float()
         heat = self.q_function.config.temperature
         preference = (of_guide / heat).log_softmax(-1) - (of_reference / heat).log_softmax(-1)
-        return of_reference.log_softmax(-1) + self.q_function.guidance(hidden[..., self.hidden_size :], preference)
+        return of_reference + self.q_function.guidance(hidden[..., self.hidden_size :], preference)
 
     def plain(self, hidden: Tensor) -> Tensor:
         """Logits of the reference alone."""
