@@ -1,4 +1,4 @@
-"""Four steps of training in every engine, run by torchrun in two processes, or plainly in one; test_distributed.py reads the results.
+"""Three steps of training in every engine, run by torchrun in two processes, or plainly in one; test_distributed.py reads the results.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/sharded_training.py WARM OUTPUT CASE=JSON ..
 """
@@ -17,11 +17,11 @@ from dfpo_core import checkpoint, distributed, train  # noqa: E402
 from dfpo_core.models import load_policy, save_policy  # noqa: E402
 from tests.training import rows_of_sums, tiny_config  # noqa: E402
 
-STEPS, SAVED_AFTER = 4, 2
+STEPS, SAVED_AFTER = 3, 2
 
 
 def trained(folder: Path, warm: str, settings: dict) -> dict:
-    """Metrics of every step, of the last steps again after resuming, and the log-probabilities of what was saved of the policy."""
+    """Metrics of every step, of the last one again after resuming, and the log-probabilities of what was saved of the policy."""
     config = tiny_config(folder, settings, precision=settings.pop("precision", "fp32"))
     uri = str(folder / "state")
     trainer, curve = train.Trainer(config, warm, rows_of_sums()), []

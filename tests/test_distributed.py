@@ -58,7 +58,7 @@ def shared(warm, tmp_path_factory):
 
 
 def assert_same_training(one: list[dict], other: list[dict]) -> None:
-    assert len(one) == len(other) == 4
+    assert len(one) == len(other) == 3
     for step, (expected, found) in enumerate(zip(one, other, strict=True)):
         assert expected.keys() == found.keys()
         for name in expected.keys() - TIMES:
@@ -90,7 +90,7 @@ def test_in_bf16_both_engines_begin_alike(alone, shared):
 
 @pytest.mark.parametrize("case", [*CASES, "adapted", "bf16"])
 def test_a_resumed_run_is_the_run_itself_bit_for_bit(shared, case):
-    curve, resumed = shared[case]["curve"][-2:], shared[case]["resumed"]
+    curve, resumed = shared[case]["curve"][-1:], shared[case]["resumed"]
     for expected, found in zip(curve, resumed, strict=True):
         assert {k: v for k, v in found.items() if k not in TIMES} == {k: v for k, v in expected.items() if k not in TIMES}
     assert shared[case]["same_weights"]

@@ -51,7 +51,10 @@ def test_garbage_and_programs_are_wrong_and_do_nothing(rows, answer, tmp_path):
     file = tmp_path / "written"
     answer = answer.replace("FILE", str(file))
     usual = [row for row in rows if row["answer"] != answer]
-    limits = RewardsConfig(time_limit_seconds=2) if "**" in answer else PATIENT  # families that compute it run into the limit
+    limits = PATIENT
+    if "**" in answer:  # families that compute it run into the limit: one row of each, for the sake of time
+        usual = list({json.loads(row["metadata"])["source_dataset"]: row for row in usual}.values())
+        limits = RewardsConfig(time_limit_seconds=2)
     assert score(usual, [answer] * len(usual), limits=limits) == [0.0] * len(usual)
     assert not file.exists()
 
