@@ -92,19 +92,19 @@ def interrupt(process: subprocess.Popen, number: int) -> str:
 
 
 def test_ctrl_c_ends_the_steps_processes_and_kills_the_mlflow_runs(tmp_path):
-    process = start_run(tmp_path, "sft.steps=100000")
+    process = start_run(tmp_path, "data.train.0.size=1000000")  # minutes
     try:
-        wait_for(lambda: any("Executing task \x1b[96m'sft'" in log.read_text() for log in tmp_path.glob("logs/*.log")))
+        wait_for(lambda: any("Executing task \x1b[96m'prepare-data'" in log.read_text() for log in tmp_path.glob("logs/*.log")))
         client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
         experiment = client.get_experiment_by_name("dfpo").experiment_id
-        wait_for(lambda: client.search_runs([experiment], "tags.`dfpo.step` = 'sft'"))
+        wait_for(lambda: client.search_runs([experiment], "tags.`dfpo.step` = 'prepare_data'"))
         errors = interrupt(process, signal.SIGINT)
     finally:
         kill_all(process)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
     status = {run.data.tags["dfpo.step"]: run.info.status for run in client.search_runs([experiment])}
-    assert (status["pipeline"], status["sft"]) == ("KILLED", "KILLED")
+    assert (status["pipeline"], status["prepare_data"]) == ("KILLED", "KILLED")
 
 
 def test_sigterm_ends_the_steps_processes_too(tmp_path):

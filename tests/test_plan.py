@@ -105,7 +105,7 @@ ZERO = {
     "1": ({"zero_stage": 1, "micro_batch_prompts": 1}, "fp32"),
     "2": ({"zero_stage": 2}, "fp32"),
     "3": ({"zero_stage": 3}, "fp32"),
-    "3-bf16-checkpointing": ({"zero_stage": 3, "gradient_checkpointing": True, "samples_per_prompt": 2}, "bf16"),
+    "3-bf16-checkpointing": ({"zero_stage": 3, "gradient_checkpointing": True, "prompts_per_step": 2, "samples_per_prompt": 2}, "bf16"),
 }
 
 

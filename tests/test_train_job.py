@@ -123,13 +123,21 @@ def test_one_secret_may_hold_the_keys_of_several_purposes(server, tmp_path):
     assert {"HF_TOKEN", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY"} <= {variable["name"] for variable in container["env"]}
 
 
-def test_two_nodes_train_as_one_process_does(server, monkeypatch, tmp_path, warm, capfd):
+def test_two_nodes_train_as_one_process_does_whatever_an_earlier_try_left(server, monkeypatch, tmp_path, warm, capfd):
+    left = tmp_path / "shared" / "run-job"
+    left.mkdir(parents=True)
+    (left / launch.RESULT).write_text(json.dumps({"critic/loss": -1.0}))
+    name = "dfpo-" + hashlib.sha256(str(left).encode()).hexdigest()[:16]
+    server.runs = False
+    server.client().train(**train_job.request(tiny_config(tmp_path, cluster={"nodes": 2}), str(left), name))
+    server.runs = True
     metrics, run_id, client = step(server, monkeypatch, tmp_path, warm)
+    order = [method for method, path in server.requests if path.endswith(("trainjobs", name)) and method != "GET"]
+    assert order == ["POST", "DELETE", "POST"] and list(server.jobs) == [name]
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED" and run.data.params["processes"] == "2"
     assert [point.step for point in client.get_metric_history(run_id, "critic/loss")] == [1, 2]
     assert load_policy(str(tmp_path / "policy"), tmp_path)[0] and (tmp_path / "critic" / "critic.json").is_file()
-    (name,) = server.jobs
     assert f"TrainJob {name}: 2 nodes, 1 process(es) on each" in capfd.readouterr().out
     alone = tmp_path / "alone"
     config = tiny_config(alone, {"steps": 2})
@@ -211,21 +219,6 @@ def test_an_api_server_that_is_away_for_a_while_is_asked_again(server, waiting, 
     with pytest.raises(RuntimeError, match="could not be seen 3 times in a row; it may still run"):
         train_job._wait(waiting, "dfpo-1", 60)
     assert server.jobs  # it is not known whether it runs
-
-
-def test_a_job_that_an_earlier_try_left_is_deleted_first(server, monkeypatch, tmp_path, warm):
-    config = tiny_config(tmp_path, cluster={"nodes": 2})
-    uri = str(tmp_path / "shared" / "run-job")
-    (tmp_path / "shared" / "run-job").mkdir(parents=True)
-    (tmp_path / "shared" / "run-job" / launch.RESULT).write_text(json.dumps({"critic/loss": -1.0}))
-    name = "dfpo-" + hashlib.sha256(uri.encode()).hexdigest()[:16]
-    server.runs = False
-    server.client().train(**train_job.request(config, uri, name))
-    server.runs = True
-    metrics, _, _ = step(server, monkeypatch, tmp_path, warm)
-    order = [method for method, path in server.requests if path.endswith(("trainjobs", name)) and method != "GET"]
-    assert order == ["POST", "DELETE", "POST"]
-    assert metrics["critic/loss"] != -1.0  # what the earlier try wrote is not taken for this one's
 
 
 @pytest.mark.parametrize(
