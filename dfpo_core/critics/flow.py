@@ -31,8 +31,9 @@ RAMPS, RAMP_LIMIT = 12, 2.2  # steep features of the position, evenly over [-RAM
 class FlowConfig(Section):
     """Options of the flow critic. A weight of 0 switches a term off: it is then not computed.
 
-    22 of 29 variants were above these weights, weighting and steps in the ablation's three seeds. Four of the best, alone and
-    together, were tried again on other seeds and ended below, so these stay (tests/benchmarks/results/robustness: ablation, tuning_flow).
+    22 of 29 variants were above these weights, weighting and steps in the ablation's three seeds, eight clearly. Tried again on other seeds
+    and more kinds of noise, none was clearly above and most were below: these stay (tests/benchmarks/results/robustness: ablation,
+    tuning_flow).
     """
 
     width: int = Field(64, ge=8, description="hidden width of the head")
