@@ -101,13 +101,15 @@ def continuations(tree: Tree, uniform: np.ndarray) -> tuple[np.ndarray, torch.Te
     return visited, torch.tensor(mask), torch.tensor(rewards)
 
 
-def train(tree: Tree, steps: int, copies: int, rate: float, seed: int, **options) -> FlowCritic:
-    """A critic of one-hot states, trained by its own losses, cosine schedule."""
+def train(tree: Tree, steps: int, copies: int, rate: float, seed: int, start: Path | None = None, **options) -> FlowCritic:
+    """A critic of one-hot states, or the one in the file `start`, trained by its own losses, cosine schedule."""
     torch.manual_seed(seed)
     table, shift = torch.eye(tree.states), np.random.default_rng(seed).uniform(size=(tree.states, tree.depth + 1))
     points = qmc.Sobol(tree.depth + 1, rng=seed)
     edges = [0, *(state for state in first_states(tree.depth)[: tree.depth] if state >= TOGETHER), tree.states]
     critic = FlowCritic(tree.states, FlowConfig(noise_levels=LEVELS, return_range=RANGE[tree.kind], **options))
+    if start:
+        critic.load_state_dict(torch.load(start))
     optimizer = torch.optim.Adam(critic.head.parameters(), rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -144,6 +146,8 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--rate", type=float, default=1.5e-2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--start", type=Path, help="file of a critic to go on from, which --keep wrote")
+    parser.add_argument("--keep", type=Path, help="file for the critic")
     parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of the critic")
     parser.add_argument("--compare", nargs="+", default=["lam", "0.95"], metavar=("OPTION", "VALUE"), help="an option and its values")
     parser.add_argument("--output", type=Path, default=OUTPUT)
@@ -156,10 +160,13 @@ def main() -> None:
         tree = random_tree(kind, arguments.depth, 0)
         for value in map(yaml.safe_load, values):
             for seed in arguments.seeds:
-                options, start = given | {name: value}, time.process_time()
-                critic = train(tree, arguments.steps, arguments.copies, arguments.rate, seed, **options)
+                options, began = given | {name: value}, time.process_time()
+                critic = train(tree, arguments.steps, arguments.copies, arguments.rate, seed, arguments.start, **options)
+                if arguments.keep:
+                    torch.save(critic.state_dict(), arguments.keep)
                 row = {"returns": kind, "depth": arguments.depth, "updates": arguments.steps, "copies": arguments.copies, "seed": seed}
-                row |= options | {"rate": arguments.rate, "cpu_seconds": time.process_time() - start} | judge(critic, tree)
+                row |= {"goes_on": bool(arguments.start), "rate": arguments.rate, "cpu_seconds": time.process_time() - began}
+                row |= options | judge(critic, tree)
                 rows.append(row)
                 print({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
                 arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
