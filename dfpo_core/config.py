@@ -492,18 +492,22 @@ class PipelineConfig(Section):
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-def parse_config(values: dict[str, Any], where: str = "config") -> PipelineConfig:
-    """Validate a nested dict. Raises UserError naming the first wrong field; further ones are counted in the message."""
+def parse_config(values: dict[str, Any], where: str = "config", overrides: list[str] = ()) -> PipelineConfig:
+    """Validate a nested dict. Raises UserError naming the first wrong field, and where it was given: `where`, or `--set` for one that
+    `overrides` set; further ones are counted in the message.
+    """
     try:
         return PipelineConfig.model_validate(values)
     except ValidationError as error:
-        raise _as_user_error(error, where) from None
+        raise _as_user_error(error, where, overrides) from None
 
 
-def _as_user_error(error: ValidationError, where: str) -> UserError:
+def _as_user_error(error: ValidationError, where: str, overrides: list[str] = ()) -> UserError:
     problems = error.errors(include_url=False)
     first = problems[0]
     field = ".".join(str(part) for part in first["loc"]) or where
+    if any(f"{field}.".startswith(f"{item.partition('=')[0]}.") for item in overrides):
+        where = "--set"
     more = f" ({len(problems) - 1} more: {', '.join('.'.join(map(str, p['loc'])) for p in problems[1:4])})" if problems[1:] else ""
     if first["type"] == "extra_forbidden":
         section: Any = PipelineConfig
@@ -549,7 +553,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> PipelineConfig:
         raise UserError("config", f"{path} is not YAML{f' (line {mark.line + 1})' if mark else ''}", "correct the syntax") from None
     if not isinstance(values, dict):
         raise UserError("config", f"{path} holds no mapping", "start from pipelines/configs/demo.yaml")
-    return parse_config(apply_overrides(values, overrides), str(path))
+    return parse_config(apply_overrides(values, overrides), str(path), overrides)
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -14,11 +14,14 @@ import pytest
 from conftest import ROOT, TINY, dfpo
 from mlflow import MlflowClient
 
+from dfpo_core.config import load_config
+from dfpo_core.errors import UserError
+
 MISTAKES = {
     "missing config file": (["run", "nowhere.yaml"], "config: cannot read nowhere.yaml"),
-    "unknown key": (["run", TINY, "--set", "train.stepz=3"], "train.stepz: unknown key"),
+    "unknown key": (["run", TINY, "--set", "train.stepz=3"], "train.stepz: unknown key in --set; known keys here: "),
     "wrong type": (["run", TINY, "--set", "train.steps=many"], "train.steps: "),
-    "rate above 1": (["run", TINY, "--set", "noise.rate=1.5"], "noise.rate: "),
+    "rate above 1": (["run", TINY, "--set", "noise.rate=1.5"], "got 1.5; correct the value in --set"),
     "--set without =": (["run", TINY, "--set", "train.steps"], "--set: 'train.steps' has no '='"),
     "unknown algorithm": (["run", TINY, "--set", "train.algorithm=dpo"], "algorithm"),
     "missing model": (["run", TINY, "--set", "model=./no-such-model"], "model: "),
@@ -40,6 +43,13 @@ def test_a_mistake_gives_one_line_and_exit_code_2(mistake, tmp_path):
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and expected in line and ";" in line
     assert mistake == "promotion of no run" or not home.exists(), "nothing is written before the checks are done"
+
+
+def test_a_mistake_in_the_file_is_not_blamed_on_the_command_line(tmp_path):
+    wrong = TINY.read_text(encoding="utf-8").replace("rate: 0.3", "rate: 3")
+    (tmp_path / "my.yaml").write_text(wrong, encoding="utf-8")
+    with pytest.raises(UserError, match=r"^noise\.rate: .*, got 3; correct the value in .*my\.yaml$"):
+        load_config(tmp_path / "my.yaml", ["noise.typo_rate=0.1", "train.steps=2"])
 
 
 def test_every_problem_is_reported_at_once(tmp_path):
