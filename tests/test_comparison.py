@@ -336,6 +336,7 @@ def test_a_warm_start_that_never_gets_there_says_so_and_leaves_nothing(tmp_path)
         ("robustness_tuning_denoise", 24),
         ("robustness_tuning_critic", 72),
         ("robustness_tuning_flow", 66),
+        ("robustness_tuning_schedule", 108),
         ("ablation", 90),
         ("robustness_smollm2", 12),
     ],
