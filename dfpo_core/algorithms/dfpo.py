@@ -8,7 +8,7 @@ class DFPO:
     """Credit: GAE of the flow's exact mean (d = 0), with the return distribution shaping the critic's losses and risk weights.
 
     The critic reads the policy's confidence, and rewards are denoised by what it knows: with both, above every rival under noise
-    (tests/benchmarks/results/robustness/study), with neither level with PPO. denoise 0.8 and 0.95 were level (tuning_denoise).
+    (tests/benchmarks/results/robustness/study_constant_rate), with neither level with PPO. denoise 0.8 and 0.95 were level (tuning_denoise).
     """
 
     critic, critic_options = "flow", {"confidence": True}
