@@ -512,8 +512,27 @@ def _read_cell(place: Path, study: ComparisonConfig, cell: Cell) -> dict[str, An
 # ----------------------------------------------------------------------------------------------------------------- the statistics
 
 
-def score_of(record: dict[str, Any], measure: str) -> float:
-    """One number of a cell: `id`, `ood` or `average` (of the two) at the end, or `area`, the average's mean over the curve."""
+MEASURES = {
+    "id": "in domain at the end",
+    "ood": "out of domain at the end",
+    "average": "average of both at the end",
+    "area": "mean of that average over the learning curve",
+    "sampled": "right samples over all training steps",
+}
+
+
+def score_of(record: dict[str, Any], measure: str) -> float | None:
+    """One number of a cell, by the key of MEASURES; accuracies are greedy but for `sampled`.
+
+    `sampled` is the share of the responses sampled in training, at its temperature, that are right by the true answers, whatever reward
+    they got: what the algorithm maximises, measured on thousands of responses (Q#'s are in part the reference's). None where nothing
+    was trained.
+    """
+    if measure == "sampled":
+        looks = [point for point in record["curve"] if "reward/clean" in point.get("metrics", {})]
+        before = [0, *(point["step"] for point in looks[:-1])]
+        steps = [point["step"] - start for point, start in zip(looks, before, strict=False)]
+        return float(np.average([point["metrics"]["reward/clean"] for point in looks], weights=steps)) if looks else None
     if measure == "area":
         steps = [point["step"] for point in record["curve"]]
         heights = [_average(point) for point in record["curve"]]
@@ -541,7 +560,7 @@ def summarise(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> dic
     rows, pairs = [], []
     for algorithm in study.algorithms:
         for setting in study.reported:
-            for measure in ("id", "ood", "average", "area"):
+            for measure in MEASURES:
                 values = _by_seed(study, by_cell, setting, algorithm, measure)
                 if not values:
                     continue
@@ -574,8 +593,9 @@ def _by_seed(study: ComparisonConfig, by_cell: dict, setting: str, algorithm: st
     result = {}
     for seed in study.seeds:
         found = [by_cell.get((name, algorithm, seed)) for name in names]
-        if found and all(found):
-            result[seed] = float(np.mean([score_of(record, measure) for record in found]))
+        scores = [score_of(record, measure) for record in found if record]
+        if scores and len(scores) == len(names) and None not in scores:
+            result[seed] = float(np.mean(scores))
     return result
 
 
@@ -610,6 +630,14 @@ def markdown(study: ComparisonConfig, summary: dict[str, Any]) -> str:
     for rival in study.algorithms:
         if rival != study.reference:
             lines.append(f"| {rival} | " + " | ".join(_gap(pairs.get((s, rival))) for s in settings) + " |")
+    column = settings[-1]
+    where = f"the mean over {', '.join(study.averaged)}" if column == "noisy" else column
+    lines += ["", f"{study.reference} minus the rival by every measure, {where}.", "", f"| | {' | '.join(MEASURES.values())} |"]
+    lines.append("|---|" + "---|" * len(MEASURES))
+    gaps = {(p["rival"], p["measure"]): p for p in summary["paired"] if p["setting"] == column}
+    for rival in study.algorithms:
+        if rival != study.reference:
+            lines.append(f"| {rival} | " + " | ".join(_gap(gaps.get((rival, m))) for m in MEASURES) + " |")
     lines += ["", "| | runs | collapsed | CPU s a run | peak MB |", "|---|---|---|---|---|"]
     for row in summary["runs"]:
         memory = row["peak_memory_bytes"] / 1e6

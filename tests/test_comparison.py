@@ -108,10 +108,33 @@ def test_scores_of_a_cell_by_hand():
     assert comparison.score_of(cell, "average") == pytest.approx(0.5)
     # averages 0.3, 0.45, 0.5 at 0, 5, 10: trapezoids 1.875 + 2.375 over 10
     assert comparison.score_of(cell, "area") == pytest.approx(0.425)
+    assert comparison.score_of(cell, "sampled") is None
+    cell["curve"].append({"step": 30, "id_test": 0.6, "ood_test": 0.4})
+    for point, share in zip(cell["curve"][1:], (0.1, 0.3, 0.5), strict=True):  # of steps 1 to 5, 6 to 10, 11 to 30
+        point["metrics"] = {"reward/clean": share, "reward/noisy": 0.9}
+    assert comparison.score_of(cell, "sampled") == pytest.approx((5 * 0.1 + 5 * 0.3 + 20 * 0.5) / 30)
     assert not comparison.collapsed(cell)
     assert comparison.collapsed(record("clean", "ppo", 1, 0.5, 0.4)) and comparison.collapsed(
         record("clean", "ppo", 1, 0.1, 0.2, diverged="x")
     )
+
+
+def test_every_measure_is_compared_and_what_a_rival_has_not_stays_empty(tmp_path):
+    study = comparison.parse(small(tmp_path))
+    records = [
+        record(setting, name, seed, 0.1, 0.3 + 0.1 * (name == "dfpo"))
+        for setting in ("clean", "wrong")
+        for name in study.algorithms
+        for seed in (1, 2)
+    ]
+    rows = comparison.markdown(study, comparison.summarise(study, records)).split("dfpo minus the rival by every measure, wrong.")[1]
+    gap = "+10.0 [+10.0, +10.0]"  # area: half of what both ends differ by on average
+    assert f"| grpo | {gap} | +0.0 [+0.0, +0.0] | +5.0 [+5.0, +5.0] | +2.5 [+2.5, +2.5] |  |" in rows
+    for one in records:
+        one["curve"][-1]["metrics"] = {"reward/clean": 0.2 + 0.01 * one["seed"] * (one["algorithm"] == "dfpo")}
+    rows = comparison.markdown(study, comparison.summarise(study, records)).split("dfpo minus the rival by every measure, wrong.")[1]
+    # differences of 1 and 2 points: mean 1.5, standard error 1 / 2, t of one degree of freedom 12.706
+    assert "| +2.5 [+2.5, +2.5] | +1.5 [-4.9, +7.9] |" in rows
 
 
 def test_differences_are_paired_by_seed_and_averaged_over_the_noisy_settings(tmp_path):
