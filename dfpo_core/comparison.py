@@ -513,12 +513,14 @@ def _read_cell(place: Path, study: ComparisonConfig, cell: Cell) -> dict[str, An
 
 
 MEASURES = {
-    "id": "in domain at the end",
-    "ood": "out of domain at the end",
-    "average": "average of both at the end",
-    "area": "mean of that average over the learning curve",
-    "sampled": "right samples over all training steps",
+    "id": "ID at the end",
+    "ood": "OOD at the end",
+    "average": "average at the end",
+    "area": "average over the curve",
+    "sampled": "right in training",
 }
+
+SAMPLED_NOTE = "Right in training: the share of the responses sampled in all training steps that the true answers call right."
 
 
 def score_of(record: dict[str, Any], measure: str) -> float | None:
@@ -569,8 +571,8 @@ def summarise(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> dic
                 other = _by_seed(study, by_cell, setting, study.reference, measure)
                 seeds = sorted(values.keys() & other.keys())
                 if algorithm != study.reference and len(seeds) > 1:
-                    gap = student_interval(np.array([other[s] - values[s] for s in seeds]))
-                    pairs.append({"setting": setting, "rival": algorithm, "measure": measure, **_numbers(gap)})
+                    difference = student_interval(np.array([other[s] - values[s] for s in seeds]))
+                    pairs.append({"setting": setting, "rival": algorithm, "measure": measure, **_numbers(difference)})
     runs: dict[str, list[dict]] = {}
     for record in by_cell.values():
         runs.setdefault(record["algorithm"], []).append(record)
@@ -629,15 +631,20 @@ def markdown(study: ComparisonConfig, summary: dict[str, Any]) -> str:
     pairs = {(p["setting"], p["rival"]): p for p in summary["paired"] if p["measure"] == "average"}
     for rival in study.algorithms:
         if rival != study.reference:
-            lines.append(f"| {rival} | " + " | ".join(_gap(pairs.get((s, rival))) for s in settings) + " |")
+            lines.append(f"| {rival} | " + " | ".join(gap(pairs.get((s, rival))) for s in settings) + " |")
     column = settings[-1]
     where = f"the mean over {', '.join(study.averaged)}" if column == "noisy" else column
-    lines += ["", f"{study.reference} minus the rival by every measure, {where}.", "", f"| | {' | '.join(MEASURES.values())} |"]
+    lines += [
+        "",
+        f"{study.reference} minus the rival by every measure, {where}. {SAMPLED_NOTE}",
+        "",
+        f"| | {' | '.join(MEASURES.values())} |",
+    ]
     lines.append("|---|" + "---|" * len(MEASURES))
     gaps = {(p["rival"], p["measure"]): p for p in summary["paired"] if p["setting"] == column}
     for rival in study.algorithms:
         if rival != study.reference:
-            lines.append(f"| {rival} | " + " | ".join(_gap(gaps.get((rival, m))) for m in MEASURES) + " |")
+            lines.append(f"| {rival} | " + " | ".join(gap(gaps.get((rival, m))) for m in MEASURES) + " |")
     lines += ["", "| | runs | collapsed | CPU s a run | peak MB |", "|---|---|---|---|---|"]
     for row in summary["runs"]:
         memory = row["peak_memory_bytes"] / 1e6
@@ -649,7 +656,8 @@ def _points(entry: dict[str, float]) -> str:
     return f"{100 * entry['mean']:.1f}"
 
 
-def _gap(entry: dict[str, float] | None) -> str:
+def gap(entry: dict[str, float] | None) -> str:
+    """A paired difference with its interval, in points; nothing for none."""
     return f"{100 * entry['mean']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]" if entry else ""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dfpo_core import html
-from dfpo_core.comparison import ComparisonConfig
+from dfpo_core.comparison import MEASURES, SAMPLED_NOTE, ComparisonConfig, gap
 
 COLOURS = ("#0b6e4f", "#c8553d", "#3066be", "#b88a00", "#7b4b94", "#2a9d8f", "#8d6346", "#d1495b", "#5b6875", "#111111", "#e377c2")
 
@@ -107,9 +107,9 @@ def forest(study: ComparisonConfig, pairs: list[dict[str, Any]]):
 
 
 def _grid(panels: int, columns: int) -> tuple[int, int]:
-    """(rows, columns) for so many panels, at most `columns` in a row."""
-    columns = min(columns, panels)
-    return -(-panels // columns), columns
+    """(rows, columns) for so many panels, at most `columns` in a row and as many in each as can be."""
+    rows = -(-panels // columns)
+    return rows, -(-panels // rows)
 
 
 def _colours(study: ComparisonConfig) -> Iterable[tuple[str, str | tuple[float, float, float]]]:
@@ -136,8 +136,18 @@ def render(study: ComparisonConfig, records: list[dict[str, Any]], summary: dict
     for name, (title, note) in notes.items():
         if name in drawn:
             sections.append(html.section(title, html.image(drawn[name], title), note))
+    if summary["paired"]:
+        column = study.reported[-1]
+        title = f"{study.reference} minus each rival by every measure, {column}"
+        sections.append(html.section(title, _measures(study, summary, column), f"Points, paired by seed, 95 % Student's t. {SAMPLED_NOTE}"))
     sections.append(html.section("Runs and cost", _cost(summary), "Collapsed: diverged, or ends below the accuracy that it started from."))
     return html.page(study.name, sections)
+
+
+def _measures(study: ComparisonConfig, summary: dict[str, Any], column: str) -> str:
+    gaps = {(p["rival"], p["measure"]): gap(p) for p in summary["paired"] if p["setting"] == column}
+    rivals = [name for name in study.algorithms if any(rival == name for rival, _ in gaps)]
+    return html.table(["", *MEASURES.values()], [[escape(name), *(gaps.get((name, m), "") for m in MEASURES)] for name in rivals])
 
 
 def _cost(summary: dict[str, Any]) -> str:

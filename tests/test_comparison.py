@@ -135,6 +135,15 @@ def test_every_measure_is_compared_and_what_a_rival_has_not_stays_empty(tmp_path
     rows = comparison.markdown(study, comparison.summarise(study, records)).split("dfpo minus the rival by every measure, wrong.")[1]
     # differences of 1 and 2 points: mean 1.5, standard error 1 / 2, t of one degree of freedom 12.706
     assert "| +2.5 [+2.5, +2.5] | +1.5 [-4.9, +7.9] |" in rows
+    summary = comparison.summarise(study, records)
+    page = comparison_report.render(study, [one | {"questions": {"sums": 10}} for one in records], summary, {})
+    assert "dfpo minus each rival by every measure, wrong" in page and ">+1.5 [-4.9, +7.9]</td>" in page
+    alone = comparison.summarise(study, [one for one in records if one["seed"] == 1])
+    assert "by every measure" not in comparison_report.render(study, [], alone, {})  # no interval of one pair
+
+
+def test_panels_are_spread_evenly_over_rows():
+    assert [comparison_report._grid(n, 5) for n in (1, 3, 5, 6, 9, 11)] == [(1, 1), (1, 3), (1, 5), (2, 3), (2, 5), (3, 4)]
 
 
 def test_differences_are_paired_by_seed_and_averaged_over_the_noisy_settings(tmp_path):
