@@ -621,17 +621,17 @@ def markdown(study: ComparisonConfig, summary: dict[str, Any]) -> str:
     """Tables: accuracy by setting, paired differences over the noisy settings and by setting, runs and cost."""
     means = {(r["setting"], r["algorithm"], r["measure"]): r for r in summary["means"]}
     settings = [s for s in study.reported if any(key[0] == s for key in means)]
+    present = [a for a in study.algorithms if any(key[1] == a for key in means)]
+    rivals = [a for a in present if a != study.reference]
     lines = ["Accuracy at the end in points, mean over seeds: in domain / out of domain.", "", f"| | {' | '.join(settings)} |"]
     lines.append("|---|" + "---|" * len(settings))
-    for algorithm in study.algorithms:
+    for algorithm in present:
         found = [tuple(means.get((s, algorithm, m)) for m in ("id", "ood")) for s in settings]
         lines.append(f"| {algorithm} | " + " | ".join(f"{_points(a)} / {_points(b)}" if a and b else "" for a, b in found) + " |")
     lines += ["", f"{study.reference} minus the rival, average of ID and OOD, paired by seed, 95 % (Student's t).", ""]
     lines += [f"| | {' | '.join(settings)} |", "|---|" + "---|" * len(settings)]
     pairs = {(p["setting"], p["rival"]): p for p in summary["paired"] if p["measure"] == "average"}
-    for rival in study.algorithms:
-        if rival != study.reference:
-            lines.append(f"| {rival} | " + " | ".join(gap(pairs.get((s, rival))) for s in settings) + " |")
+    lines += [f"| {rival} | " + " | ".join(gap(pairs.get((s, rival))) for s in settings) + " |" for rival in rivals]
     column = settings[-1]
     where = f"the mean over {', '.join(study.averaged)}" if column == "noisy" else column
     lines += [
@@ -642,9 +642,7 @@ def markdown(study: ComparisonConfig, summary: dict[str, Any]) -> str:
     ]
     lines.append("|---|" + "---|" * len(MEASURES))
     gaps = {(p["rival"], p["measure"]): p for p in summary["paired"] if p["setting"] == column}
-    for rival in study.algorithms:
-        if rival != study.reference:
-            lines.append(f"| {rival} | " + " | ".join(gap(gaps.get((rival, m))) for m in MEASURES) + " |")
+    lines += [f"| {rival} | " + " | ".join(gap(gaps.get((rival, m))) for m in MEASURES) + " |" for rival in rivals]
     lines += ["", "| | runs | collapsed | CPU s a run | peak MB |", "|---|---|---|---|---|"]
     for row in summary["runs"]:
         memory = row["peak_memory_bytes"] / 1e6

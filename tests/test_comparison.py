@@ -139,6 +139,8 @@ def test_every_measure_is_compared_and_what_a_rival_has_not_stays_empty(tmp_path
     page = comparison_report.render(study, [one | {"questions": {"sums": 10}} for one in records], summary, {})
     assert "dfpo minus each rival by every measure, wrong" in page and ">+1.5 [-4.9, +7.9]</td>" in page
     alone = comparison.summarise(study, [one for one in records if one["seed"] == 1])
+    only = comparison.summarise(study, [one for one in records if one["algorithm"] == "dfpo"])
+    assert "grpo" not in comparison.markdown(study, only)  # no rows of what has not run
     assert "by every measure" not in comparison_report.render(study, [], alone, {})  # no interval of one pair
 
 
