@@ -8,8 +8,8 @@ class DFPO:
     """Credit: GAE of the flow's exact mean (d = 0), with the return distribution shaping the critic's losses and risk weights.
 
     The critic reads the policy's confidence, and rewards are denoised by what it knows: with both it ended above every rival averaged over
-    kinds of noise (tests/benchmarks/results/robustness: study_constant_rate and, above PPO by no more than chance, study), with neither
-    level with PPO. denoise 0.8 and 0.95 were level (tuning_denoise).
+    kinds of noise, above PPO by half a point (tests/benchmarks/results/robustness: study, confirmation), with neither level with PPO.
+    Less denoising and a smaller lambda ended lower (tuning_dfpo).
     """
 
     critic, critic_options = "flow", {"confidence": True}
