@@ -532,8 +532,7 @@ def score_of(record: dict[str, Any], measure: str) -> float | None:
     """
     if measure == "sampled":
         looks = [point for point in record["curve"] if "reward/clean" in point.get("metrics", {})]
-        before = [0, *(point["step"] for point in looks[:-1])]
-        steps = [point["step"] - start for point, start in zip(looks, before, strict=False)]
+        steps = np.diff([0, *(point["step"] for point in looks)])
         return float(np.average([point["metrics"]["reward/clean"] for point in looks], weights=steps)) if looks else None
     if measure == "area":
         steps = [point["step"] for point in record["curve"]]
@@ -621,8 +620,7 @@ def markdown(study: ComparisonConfig, summary: dict[str, Any]) -> str:
     """Tables: accuracy by setting, paired differences over the noisy settings and by setting, runs and cost."""
     means = {(r["setting"], r["algorithm"], r["measure"]): r for r in summary["means"]}
     settings = [s for s in study.reported if any(key[0] == s for key in means)]
-    present = [a for a in study.algorithms if any(key[1] == a for key in means)]
-    rivals = [a for a in present if a != study.reference]
+    present = _present(study, summary)
     lines = ["Accuracy at the end in points, mean over seeds: in domain / out of domain.", "", f"| | {' | '.join(settings)} |"]
     lines.append("|---|" + "---|" * len(settings))
     for algorithm in present:
@@ -631,18 +629,15 @@ def markdown(study: ComparisonConfig, summary: dict[str, Any]) -> str:
     lines += ["", f"{study.reference} minus the rival, average of ID and OOD, paired by seed, 95 % (Student's t).", ""]
     lines += [f"| | {' | '.join(settings)} |", "|---|" + "---|" * len(settings)]
     pairs = {(p["setting"], p["rival"]): p for p in summary["paired"] if p["measure"] == "average"}
-    lines += [f"| {rival} | " + " | ".join(gap(pairs.get((s, rival))) for s in settings) + " |" for rival in rivals]
-    column = settings[-1]
-    where = f"the mean over {', '.join(study.averaged)}" if column == "noisy" else column
-    lines += [
-        "",
-        f"{study.reference} minus the rival by every measure, {where}. {SAMPLED_NOTE}",
-        "",
-        f"| | {' | '.join(MEASURES.values())} |",
-    ]
-    lines.append("|---|" + "---|" * len(MEASURES))
-    gaps = {(p["rival"], p["measure"]): p for p in summary["paired"] if p["setting"] == column}
-    lines += [f"| {rival} | " + " | ".join(gap(gaps.get((rival, m))) for m in MEASURES) + " |" for rival in rivals]
+    for rival in present:
+        if rival != study.reference:
+            lines.append(f"| {rival} | " + " | ".join(_gap(pairs.get((s, rival))) for s in settings) + " |")
+    column, rows = by_measure(study, summary)
+    if rows:
+        where = f"the mean over {', '.join(study.averaged)}" if column == "noisy" else column
+        lines += ["", f"{study.reference} minus the rival by every measure, {where}. {SAMPLED_NOTE}", ""]
+        lines += [f"| | {' | '.join(MEASURES.values())} |", "|---|" + "---|" * len(MEASURES)]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", "| | runs | collapsed | CPU s a run | peak MB |", "|---|---|---|---|---|"]
     for row in summary["runs"]:
         memory = row["peak_memory_bytes"] / 1e6
@@ -654,8 +649,22 @@ def _points(entry: dict[str, float]) -> str:
     return f"{100 * entry['mean']:.1f}"
 
 
-def gap(entry: dict[str, float] | None) -> str:
-    """A paired difference with its interval, in points; nothing for none."""
+def by_measure(study: ComparisonConfig, summary: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """(the last setting reported that has results, a row for each rival: its name and the paired difference by each of MEASURES)."""
+    measured = {entry["setting"] for entry in summary["means"]}
+    column = next((s for s in reversed(study.reported) if s in measured), "")
+    gaps = {(p["rival"], p["measure"]): p for p in summary["paired"] if p["setting"] == column}
+    rivals = [name for name in _present(study, summary) if name != study.reference]
+    return column, [[name, *(_gap(gaps.get((name, measure))) for measure in MEASURES)] for name in rivals]
+
+
+def _present(study: ComparisonConfig, summary: dict[str, Any]) -> list[str]:
+    """The study's algorithms that have results."""
+    measured = {entry["algorithm"] for entry in summary["means"]}
+    return [name for name in study.algorithms if name in measured]
+
+
+def _gap(entry: dict[str, float] | None) -> str:
     return f"{100 * entry['mean']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]" if entry else ""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dfpo_core import html
-from dfpo_core.comparison import MEASURES, SAMPLED_NOTE, ComparisonConfig, gap
+from dfpo_core.comparison import MEASURES, SAMPLED_NOTE, ComparisonConfig, by_measure
 
 COLOURS = ("#0b6e4f", "#c8553d", "#3066be", "#b88a00", "#7b4b94", "#2a9d8f", "#8d6346", "#d1495b", "#5b6875", "#111111", "#e377c2")
 
@@ -137,17 +137,12 @@ def render(study: ComparisonConfig, records: list[dict[str, Any]], summary: dict
         if name in drawn:
             sections.append(html.section(title, html.image(drawn[name], title), note))
     if summary["paired"]:
-        column = study.reported[-1]
+        column, rows = by_measure(study, summary)
+        table = html.table(["", *MEASURES.values()], [[escape(name), *gaps] for name, *gaps in rows])
         title = f"{study.reference} minus each rival by every measure, {column}"
-        sections.append(html.section(title, _measures(study, summary, column), f"Points, paired by seed, 95 % Student's t. {SAMPLED_NOTE}"))
+        sections.append(html.section(title, table, f"Points, paired by seed, 95 % Student's t. {SAMPLED_NOTE}"))
     sections.append(html.section("Runs and cost", _cost(summary), "Collapsed: diverged, or ends below the accuracy that it started from."))
     return html.page(study.name, sections)
-
-
-def _measures(study: ComparisonConfig, summary: dict[str, Any], column: str) -> str:
-    gaps = {(p["rival"], p["measure"]): gap(p) for p in summary["paired"] if p["setting"] == column}
-    rivals = [name for name in study.algorithms if any(rival == name for rival, _ in gaps)]
-    return html.table(["", *MEASURES.values()], [[escape(name), *(gaps.get((name, m), "") for m in MEASURES)] for name in rivals])
 
 
 def _cost(summary: dict[str, Any]) -> str:

@@ -142,6 +142,7 @@ def test_every_measure_is_compared_and_what_a_rival_has_not_stays_empty(tmp_path
     only = comparison.summarise(study, [one for one in records if one["algorithm"] == "dfpo"])
     assert "grpo" not in comparison.markdown(study, only)  # no rows of what has not run
     assert "by every measure" not in comparison_report.render(study, [], alone, {})  # no interval of one pair
+    assert "by every measure" not in comparison.markdown(study, comparison.summarise(study, []))  # nothing has run yet
 
 
 def test_panels_are_spread_evenly_over_rows():
