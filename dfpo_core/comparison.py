@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -580,12 +581,23 @@ def summarise(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> dic
             "algorithm": name,
             "runs": len(of),
             "collapsed": sum(map(collapsed, of)),
+            "collapsed_in": dict(Counter(r["setting"] for r in of if collapsed(r))),
             "cpu_seconds": float(np.median([r["cpu_seconds"] for r in of])),
             "peak_memory_bytes": float(np.median([r["peak_memory_bytes"] for r in of])),
         }
         for name, of in runs.items()
     ]
-    return {"means": rows, "paired": pairs, "runs": cost}
+    starts = [
+        {
+            "setting": setting,
+            "wrong_labels": float(np.mean([r["noise_rate"] for r in of])),
+            "id": float(np.mean([r["curve"][0]["id_test"] for r in of])),
+            "ood": float(np.mean([r["curve"][0].get("ood_test", r["curve"][0]["id_test"]) for r in of])),
+        }
+        for setting in study.settings
+        if (of := [r for r in by_cell.values() if r["setting"] == setting])
+    ]
+    return {"starts": starts, "means": rows, "paired": pairs, "runs": cost}
 
 
 def _by_seed(study: ComparisonConfig, by_cell: dict, setting: str, algorithm: str, measure: str) -> dict[int, float]:
@@ -623,6 +635,8 @@ def markdown(study: ComparisonConfig, summary: dict[str, Any]) -> str:
     present = _present(study, summary)
     lines = ["Accuracy at the end in points, mean over seeds: in domain / out of domain.", "", f"| | {' | '.join(settings)} |"]
     lines.append("|---|" + "---|" * len(settings))
+    for name, shown in starts_by_setting(summary):
+        lines.append(f"| *{name}* | {' | '.join(shown.get(s, '') for s in settings)} |")
     for algorithm in present:
         found = [tuple(means.get((s, algorithm, m)) for m in ("id", "ood")) for s in settings]
         lines.append(f"| {algorithm} | " + " | ".join(f"{_points(a)} / {_points(b)}" if a and b else "" for a, b in found) + " |")
@@ -641,8 +655,23 @@ def markdown(study: ComparisonConfig, summary: dict[str, Any]) -> str:
     lines += ["", "| | runs | collapsed | CPU s a run | peak MB |", "|---|---|---|---|---|"]
     for row in summary["runs"]:
         memory = row["peak_memory_bytes"] / 1e6
-        lines.append(f"| {row['algorithm']} | {row['runs']} | {row['collapsed']} | {row['cpu_seconds']:.0f} | {memory:.0f} |")
+        lines.append(f"| {row['algorithm']} | {row['runs']} | {collapses(row)} | {row['cpu_seconds']:.0f} | {memory:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def starts_by_setting(summary: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """(what it is, setting -> as shown) of what every algorithm starts from: the labels, and the accuracy of the warm start."""
+    starts = summary["starts"]
+    return [
+        ("labels that are wrong", {entry["setting"]: f"{100 * entry['wrong_labels']:.1f}" for entry in starts}),
+        ("at the start", {entry["setting"]: f"{100 * entry['id']:.1f} / {100 * entry['ood']:.1f}" for entry in starts}),
+    ]
+
+
+def collapses(row: dict[str, Any]) -> str:
+    """The number of an algorithm's collapsed runs and, where there are any, the settings that they were in."""
+    where = ", ".join(f"{setting} {number}" for setting, number in row["collapsed_in"].items())
+    return f"{row['collapsed']} ({where})" if where else "0"
 
 
 def _points(entry: dict[str, float]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dfpo_core import html
-from dfpo_core.comparison import MEASURES, SAMPLED_NOTE, ComparisonConfig, by_measure
+from dfpo_core.comparison import MEASURES, SAMPLED_NOTE, ComparisonConfig, by_measure, collapses, starts_by_setting
 
 COLOURS = ("#0b6e4f", "#c8553d", "#3066be", "#b88a00", "#7b4b94", "#2a9d8f", "#8d6346", "#d1495b", "#5b6875", "#111111", "#e377c2")
 
@@ -133,6 +133,11 @@ def render(study: ComparisonConfig, records: list[dict[str, Any]], summary: dict
         "curves": ("Learning curves", "Mean over seeds; the band reaches from the lowest to the highest seed."),
     }
     sections = [heading]
+    if summary["starts"]:
+        settings = [entry["setting"] for entry in summary["starts"]]
+        table = html.table(["", *settings], [[escape(name), *(shown[s] for s in settings)] for name, shown in starts_by_setting(summary)])
+        note = "Per cent of the training labels, and accuracy of the warm start in domain / out of domain, mean over seeds."
+        sections.append(html.section("What every algorithm starts from", table, note))
     for name, (title, note) in notes.items():
         if name in drawn:
             sections.append(html.section(title, html.image(drawn[name], title), note))
@@ -141,7 +146,9 @@ def render(study: ComparisonConfig, records: list[dict[str, Any]], summary: dict
         table = html.table(["", *MEASURES.values()], [[escape(name), *gaps] for name, *gaps in rows])
         title = f"{study.reference} minus each rival by every measure, {column}"
         sections.append(html.section(title, table, f"Points, paired by seed, 95 % Student's t. {SAMPLED_NOTE}"))
-    sections.append(html.section("Runs and cost", _cost(summary), "Collapsed: diverged, or ends below the accuracy that it started from."))
+    sections.append(
+        html.section("Runs and cost", _cost(summary), "Collapsed: diverged, or ends below the in-domain accuracy that it started from.")
+    )
     return html.page(study.name, sections)
 
 
@@ -150,7 +157,7 @@ def _cost(summary: dict[str, Any]) -> str:
         [
             escape(row["algorithm"]),
             str(row["runs"]),
-            str(row["collapsed"]),
+            escape(collapses(row)),
             f"{row['cpu_seconds']:.0f}",
             f"{row['peak_memory_bytes'] / 1e6:.0f}",
         ]

@@ -84,8 +84,8 @@ def test_no_two_algorithms_share_a_colour(tmp_path):
 
 def record(setting, algorithm, seed, start, end, ood=0.2, diverged="") -> dict:
     curve = [{"step": 0, "id_test": start, "ood_test": ood}, {"step": 10, "id_test": end, "ood_test": ood}]
-    cost = {"cpu_seconds": 1.0, "peak_memory_bytes": 1.0}
-    return {"setting": setting, "algorithm": algorithm, "seed": seed, "point": "", "curve": curve, "diverged": diverged, **cost}
+    rest = {"noise_rate": 0.25, "cpu_seconds": 1.0, "peak_memory_bytes": 1.0}
+    return {"setting": setting, "algorithm": algorithm, "seed": seed, "point": "", "curve": curve, "diverged": diverged, **rest}
 
 
 def test_the_matrix_goes_seed_by_seed_and_leaves_out_what_only_says(tmp_path):
@@ -143,6 +143,22 @@ def test_every_measure_is_compared_and_what_a_rival_has_not_stays_empty(tmp_path
     assert "grpo" not in comparison.markdown(study, only)  # no rows of what has not run
     assert "by every measure" not in comparison_report.render(study, [], alone, {})  # no interval of one pair
     assert "by every measure" not in comparison.markdown(study, comparison.summarise(study, []))  # nothing has run yet
+
+
+def test_tables_tell_what_every_algorithm_starts_from_and_where_runs_collapsed(tmp_path):
+    study = comparison.parse(small(tmp_path))
+    ends = {"clean": (0.5, 0.7), "wrong": (0.3, 0.1)}  # seeds start at 0.2 and 0.4: seed 2 of wrong ends below
+    records = [record(setting, "dfpo", seed, 0.2 * seed, ends[setting][seed - 1], ood=0.1 * seed) for setting in ends for seed in (1, 2)]
+    records = [one | {"noise_rate": 0.1 * one["seed"] * (one["setting"] == "wrong"), "questions": {"sums": 10}} for one in records]
+    summary = comparison.summarise(study, records)
+    assert summary["runs"][0]["collapsed"] == 1 and summary["runs"][0]["collapsed_in"] == {"wrong": 1}
+    text = comparison.markdown(study, summary)
+    assert "| *labels that are wrong* | 0.0 | 15.0 |" in text and "| *at the start* | 30.0 / 15.0 | 30.0 / 15.0 |" in text
+    assert "| dfpo | 4 | 1 (wrong 1) |" in text
+    page = comparison_report.render(study, records, summary, {})
+    assert ">15.0</td>" in page and ">30.0 / 15.0</td>" in page and ">1 (wrong 1)</td>" in page
+    without = comparison.summarise(study, records[:2])
+    assert "| dfpo | 2 | 0 |" in comparison.markdown(study, without) and [s["setting"] for s in without["starts"]] == ["clean"]
 
 
 def test_panels_are_spread_evenly_over_rows():
