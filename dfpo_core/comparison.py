@@ -540,11 +540,16 @@ def score_of(record: dict[str, Any], measure: str) -> float | None:
         heights = [_average(point) for point in record["curve"]]
         return float(np.trapezoid(heights, steps) / (steps[-1] - steps[0])) if len(steps) > 1 else heights[0]
     end = record["curve"][-1]
-    return {"id": end["id_test"], "ood": end.get("ood_test", end["id_test"]), "average": _average(end)}[measure]
+    return {"id": end["id_test"], "ood": _ood(end), "average": _average(end)}[measure]
+
+
+def _ood(point: dict[str, Any]) -> float:
+    """Out-of-domain accuracy; a study without such questions has the in-domain one."""
+    return point.get("ood_test", point["id_test"])
 
 
 def _average(point: dict[str, Any]) -> float:
-    return (point["id_test"] + point.get("ood_test", point["id_test"])) / 2
+    return (point["id_test"] + _ood(point)) / 2
 
 
 def collapsed(record: dict[str, Any]) -> bool:
@@ -580,8 +585,8 @@ def summarise(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> dic
         {
             "algorithm": name,
             "runs": len(of),
-            "collapsed": sum(map(collapsed, of)),
-            "collapsed_in": dict(Counter(r["setting"] for r in of if collapsed(r))),
+            "collapsed": (fallen := Counter(r["setting"] for r in of if collapsed(r))).total(),
+            "collapsed_in": dict(fallen),
             "cpu_seconds": float(np.median([r["cpu_seconds"] for r in of])),
             "peak_memory_bytes": float(np.median([r["peak_memory_bytes"] for r in of])),
         }
@@ -592,7 +597,7 @@ def summarise(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> dic
             "setting": setting,
             "wrong_labels": float(np.mean([r["noise_rate"] for r in of])),
             "id": float(np.mean([r["curve"][0]["id_test"] for r in of])),
-            "ood": float(np.mean([r["curve"][0].get("ood_test", r["curve"][0]["id_test"]) for r in of])),
+            "ood": float(np.mean([_ood(r["curve"][0]) for r in of])),
         }
         for setting in study.settings
         if (of := [r for r in by_cell.values() if r["setting"] == setting])
