@@ -62,8 +62,8 @@ class PromptEffect:
 class RewardNoise:
     """How noisy the reward of one response is, and the reward without what is noise alone.
 
-    Anchors (Liu and Tao 2016): of the responses that the critic thinks worst, before their last token, ANCHORS of the batch are all
-    wrong, or of those that it thinks best all right; then what their rewards differ by is noise. The smaller of both variances is the
+    Anchors (Liu and Tao 2016): the share `anchors` of a batch that the critic thinks worst, before the last token, is all wrong, or
+    the share that it thinks best is all right; then what their rewards differ by is noise. The smaller of both variances is the
     floor, and for 0/1 rewards the share of either end that got the other reward, if it is the smaller, is the rate of flips. The critic
     need only rank responses, by values from before it saw these rewards, as rollout-time values are. Where it cannot, the estimates
     are too high (all of the variance), never too low but for chance.
@@ -75,15 +75,14 @@ class RewardNoise:
     as well be right for news. Where rewards are clean and an end of the ranking is certain, the floor is 0 and g is 1.
     """
 
-    ANCHORS = 0.2
-
-    def __init__(self, memory: float):
+    def __init__(self, memory: float, anchors: float = 0.2):
+        self.anchors = anchors
         self.moments = {end: (RunningMean(memory), RunningMean(memory)) for end in ("low", "high")}
         self.range = (torch.inf, -torch.inf)  # smallest and largest reward so far
 
     def update(self, rewards: Tensor, values: Tensor) -> None:
         """Add a batch: rewards (B,), values before the last token (B,)."""
-        count, order = max(1, round(self.ANCHORS * len(rewards))), values.argsort()
+        count, order = max(1, round(self.anchors * len(rewards))), values.argsort()
         for end, chosen in (("low", order[:count]), ("high", order[-count:])):
             for power, mean in enumerate(self.moments[end], 1):
                 mean.add(rewards[chosen].pow(power).mean().item())

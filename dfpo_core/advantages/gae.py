@@ -32,6 +32,9 @@ class GAEConfig(Section):
     denoise: float = Field(
         0.0, ge=0, lt=1, description="how far to draw rewards that are noise alone to the critic's value of the response"
     )
+    anchors: float = Field(
+        0.2, gt=0, le=0.5, description="share of a batch, at either end of the critic's ranking, that tells how noisy single rewards are"
+    )
     memory: float = Field(0.9, ge=0, lt=1, description="weight of earlier batches in every running estimate of the noise")
     whiten: bool = Field(True, description="whiten over the valid tokens of the batch")
 
@@ -44,7 +47,7 @@ class GAE:
 
     def __init__(self, config: GAEConfig):
         self.config = config
-        self.noise = RewardNoise(config.memory)
+        self.noise = RewardNoise(config.memory, config.anchors)
         self.prompt_effect = PromptEffect(config.memory)
 
     def __call__(self, inputs: AdvantageInputs) -> AdvantageOutput:
