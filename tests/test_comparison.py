@@ -386,7 +386,7 @@ def test_a_warm_start_that_never_gets_there_says_so_and_leaves_nothing(tmp_path)
         ("robustness_tuning_kl", 36),
         ("robustness_tuning_dfpo", 72),
         ("robustness_tuning_clean", 12),
-        ("robustness_tuning_anchors", 96),
+        ("robustness_tuning_again", 160),
         ("robustness_tuning_critic", 72),
         ("robustness_tuning_flow", 66),
         ("robustness_tuning_schedule", 81),
