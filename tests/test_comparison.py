@@ -385,7 +385,6 @@ def test_a_warm_start_that_never_gets_there_says_so_and_leaves_nothing(tmp_path)
         ("robustness_tuning_lambda", 30),
         ("robustness_tuning_kl", 36),
         ("robustness_tuning_dfpo", 72),
-        ("robustness_tuning_clean", 12),
         ("robustness_tuning_again", 160),
         ("robustness_tuning_critic", 72),
         ("robustness_tuning_flow", 66),
@@ -398,7 +397,7 @@ def test_a_warm_start_that_never_gets_there_says_so_and_leaves_nothing(tmp_path)
 )
 def test_the_studies_that_come_with_the_package_are_valid(name, count):
     """Cells by hand: (5 x 12 + 3 x 4) x 5 seeds; 2 settings x 2 points x 9; 5 algorithms x 2 points x 3 seeds; 9 x 2 points x 2 seeds;
-    4 settings x 9 points x 2 seeds; 2 points x 6 seeds; 6 algorithms x 2 settings x 3 points x 2 seeds; 3 settings x 11 points x
+    4 settings x 9 points x 2 seeds; 4 settings x 5 points x 8 seeds; 6 algorithms x 2 settings x 3 points x 2 seeds; 3 settings x 11 points x
     2 seeds; 3 settings x 3 points x 9; 5 settings x 2 algorithms x 20 seeds; 7 algorithms x 20 seeds; 30 variants x 3 seeds;
     4 algorithms x 3 seeds."""
     assert len(comparison.cells(comparison.load(ROOT / "pipelines" / "configs" / f"{name}.yaml"))) == count
