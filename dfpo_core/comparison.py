@@ -622,15 +622,53 @@ def _numbers(interval: Interval) -> dict[str, float]:
 
 
 def best_points(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Tuning: algorithm -> its grid point with the highest mean `average` over settings and seeds, and every point's score."""
-    scores: dict[str, dict[str, list[float]]] = {}
-    for record in records:
-        scores.setdefault(record["algorithm"], {}).setdefault(record["point"], []).append(score_of(record, "average"))
+    """Tuning: algorithm -> its grid point with the highest mean `average`, every point's score, and what it is above the first point.
+
+    Scores are means over the (setting, seed) that every point of the algorithm has, so that an unfinished tuning compares like with like.
+    `above` has for each other point its difference from the grid's first, paired by seed, in each setting and over `all`, where there are
+    two seeds at least.
+    """
+    by_cell = {(r["algorithm"], r["point"], r["setting"], r["seed"]): score_of(r, "average") for r in records}
     result = {}
-    for algorithm, of in scores.items():
-        means = {point: float(np.mean(values)) for point, values in of.items()}
-        result[algorithm] = {"best": max(means, key=means.__getitem__), "scores": means, "runs": {p: len(v) for p, v in of.items()}}
+    for algorithm in dict.fromkeys(key[0] for key in by_cell):
+        points = [p for p in study.grid if any(key[:2] == (algorithm, p) for key in by_cell)]
+        common = [(s, z) for s in study.settings for z in study.seeds if all((algorithm, p, s, z) in by_cell for p in points)]
+        if not common:
+            continue
+        means = {p: float(np.mean([by_cell[algorithm, p, s, z] for s, z in common])) for p in points}
+        first, *others = points
+        above = {p: _above(by_cell, study, algorithm, p, first) for p in others}
+        best = max(means, key=means.__getitem__)
+        result[algorithm] = {"best": best, "scores": means, "runs": len(common), "against": first, "above": above}
     return result
+
+
+def _above(by_cell: dict, study: ComparisonConfig, algorithm: str, point: str, first: str) -> dict[str, dict[str, float]]:
+    """setting, or `all` of those that either point has -> point minus first in `average`, paired by seed."""
+    gaps: dict[str, dict[int, float]] = {}
+    for setting in study.settings:
+        pairs = {z: (by_cell.get((algorithm, point, setting, z)), by_cell.get((algorithm, first, setting, z))) for z in study.seeds}
+        if found := {z: a - b for z, (a, b) in pairs.items() if a is not None and b is not None}:
+            gaps[setting] = found
+    whole = [z for z in study.seeds if all(z in found for found in gaps.values())]
+    gaps["all"] = {z: float(np.mean([found[z] for found in gaps.values()])) for z in whole} if gaps else {}
+    return {name: _numbers(student_interval(np.array(list(found.values())))) for name, found in gaps.items() if len(found) > 1}
+
+
+def tuning_markdown(study: ComparisonConfig, tuning: dict[str, dict[str, Any]]) -> str:
+    """Tables of `best_points`: every point's score, and for an algorithm that has several seeds what each is above the first point."""
+    lines = ["Average of in-domain and out-of-domain accuracy at the end, in points, over settings and seeds.", ""]
+    lines += ["| algorithm | best | " + " | ".join(study.grid) + " |", "|---|---|" + "---|" * len(study.grid)]
+    for algorithm, found in tuning.items():
+        shown = [f"{100 * found['scores'][p]:.1f}" if p in found["scores"] else "" for p in study.grid]
+        lines.append(f"| {algorithm} | {found['best']} | " + " | ".join(shown) + " |")
+    for algorithm, found in tuning.items():
+        settings = [s for s in [*study.settings, "all"] if any(s in gaps for gaps in found["above"].values())]
+        if settings:
+            lines += ["", f"{algorithm} minus its {found['against']}, paired by seed, 95 % (Student's t).", ""]
+            lines += [f"| | {' | '.join(settings)} |", "|---|" + "---|" * len(settings)]
+            lines += [f"| {p} | " + " | ".join(_gap(gaps.get(s)) for s in settings) + " |" for p, gaps in found["above"].items()]
+    return "\n".join(lines) + "\n"
 
 
 def markdown(study: ComparisonConfig, summary: dict[str, Any]) -> str:
@@ -704,20 +742,10 @@ def _gap(entry: dict[str, float] | None) -> str:
 
 def write(study: ComparisonConfig, records: list[dict[str, Any]], folder: str | Path) -> dict[str, Any]:
     """Write results.json (every record and the summary) and summary.md into `folder`. Returns the summary."""
-    summary = summarise(study, [r for r in records if not r["point"]] or records)
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    if study.grid:
-        summary = {"tuning": best_points(study, records)}
-        lines = ["| algorithm | best | " + " | ".join(study.grid) + " |", "|---|---|" + "---|" * len(study.grid)]
-        for algorithm, found in summary["tuning"].items():
-            shown = [f"{100 * found['scores'][p]:.1f}" if p in found["scores"] else "" for p in study.grid]
-            lines.append(f"| {algorithm} | {found['best']} | " + " | ".join(shown) + " |")
-        text = (
-            "Average of in-domain and out-of-domain accuracy at the end, in points, over settings and seeds.\n\n" + "\n".join(lines) + "\n"
-        )
-    else:
-        text = markdown(study, summary)
+    summary = {"tuning": best_points(study, records)} if study.grid else summarise(study, records)
+    text = tuning_markdown(study, summary["tuning"]) if study.grid else markdown(study, summary)
     (place / "results.json").write_text(json.dumps({"summary": summary, "records": records}, indent=1) + "\n", encoding="utf-8")
     (place / "summary.md").write_text(text, encoding="utf-8")
     if not study.grid:

@@ -194,9 +194,25 @@ def test_student_interval_agrees_with_scipy_and_refuses_one_value():
 
 def test_the_best_point_of_a_grid_is_the_one_with_the_highest_mean(tmp_path):
     study = comparison.parse(small(tmp_path, grid={"low": {}, "high": {}}))
-    records = [record("clean", "dfpo", s, 0.1, end) | {"point": p} for p, s, end in (("low", 1, 0.5), ("low", 2, 0.1), ("high", 1, 0.4))]
+    ends = {"low": (0.5, 0.1), "high": (0.4, 0.3)}
+    records = [record("clean", "dfpo", s, 0.1, end) | {"point": p} for p, of in ends.items() for s, end in enumerate(of, 1)]
     best = comparison.best_points(study, records)["dfpo"]
-    assert best["best"] == "high" and best["scores"]["low"] == pytest.approx((0.35 + 0.15) / 2)
+    averages = {p: [comparison.score_of(r, "average") for r in records if r["point"] == p] for p in ends}
+    assert best["best"] == "high" and best["scores"] == pytest.approx({p: np.mean(of) for p, of in averages.items()})
+    gaps = np.subtract(averages["high"], averages["low"])
+    above = best["above"]["high"]["all"]
+    assert (above["low"], above["high"]) == pytest.approx(stats.t.interval(0.95, 1, gaps.mean(), stats.sem(gaps)))
+    assert above == best["above"]["high"]["clean"]
+    text = comparison.tuning_markdown(study, {"dfpo": best})
+    assert "dfpo minus its low" in text and f"| high | {100 * gaps.mean():+.1f} [" in text
+
+
+def test_an_unfinished_tuning_compares_what_every_point_has(tmp_path):
+    study = comparison.parse(small(tmp_path, grid={"low": {}, "high": {}}))
+    found = (("low", 1, 0.5), ("low", 2, 0.1), ("high", 1, 0.4))  # on average low is below high, on the seed of both above it
+    best = comparison.best_points(study, [record("clean", "dfpo", s, 0.1, end) | {"point": p} for p, s, end in found])["dfpo"]
+    assert best["best"] == "low" and best["runs"] == 1 and best["above"] == {"high": {}}
+    assert comparison.best_points(study, [record("clean", "dfpo", s, 0.1, 0.5) | {"point": p} for p, s in (("low", 1), ("high", 2))]) == {}
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +413,7 @@ def test_a_warm_start_that_never_gets_there_says_so_and_leaves_nothing(tmp_path)
 )
 def test_the_studies_that_come_with_the_package_are_valid(name, count):
     """Cells by hand: (5 x 12 + 3 x 4) x 5 seeds; 2 settings x 2 points x 9; 5 algorithms x 2 points x 3 seeds; 9 x 2 points x 2 seeds;
-    4 settings x 9 points x 2 seeds; 4 settings x 5 points x 8 seeds; 6 algorithms x 2 settings x 3 points x 2 seeds; 3 settings x 11 points x
-    2 seeds; 3 settings x 3 points x 9; 5 settings x 2 algorithms x 20 seeds; 7 algorithms x 20 seeds; 30 variants x 3 seeds;
-    4 algorithms x 3 seeds."""
+    4 settings x 9 points x 2 seeds; 4 settings x 5 points x 8 seeds; 6 algorithms x 2 settings x 3 points x 2 seeds;
+    3 settings x 11 points x 2 seeds; 3 settings x 3 points x 9; 5 settings x 2 algorithms x 20 seeds; 7 algorithms x 20 seeds;
+    30 variants x 3 seeds; 4 algorithms x 3 seeds."""
     assert len(comparison.cells(comparison.load(ROOT / "pipelines" / "configs" / f"{name}.yaml"))) == count
