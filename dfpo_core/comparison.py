@@ -251,8 +251,13 @@ class _Silent:
         pass
 
 
-def run_cell(study: ComparisonConfig, cell: Cell, checkpoint: str) -> dict[str, Any]:
-    """Train one cell from the directory `checkpoint` and return its record. A run that diverges is a result, not an error."""
+def run_cell(
+    study: ComparisonConfig, cell: Cell, checkpoint: str, at_looks: Callable[[Any], object] = lambda trainer: None
+) -> dict[str, Any]:
+    """Train one cell from the directory `checkpoint` and return its record. A run that diverges is a result, not an error.
+
+    `at_looks` is called with the trainer wherever the curve has a point.
+    """
     import resource
 
     from dfpo_core.data import prepare
@@ -269,6 +274,7 @@ def run_cell(study: ComparisonConfig, cell: Cell, checkpoint: str) -> dict[str, 
     rows = [row for row in noisy.to_pylist() if row["label"] is not None or config.noise.missing == "zero"]
     trainer = Trainer(config, checkpoint, rows)
     curve, diverged = [{"step": 0, **accuracies_of(trainer, questions)}], ""
+    at_looks(trainer)
     trains = trainer.algorithm.policy_loss_name or trainer.algorithm.guided
     while trains and trainer.steps_done < config.train.steps:
         try:
@@ -280,6 +286,7 @@ def run_cell(study: ComparisonConfig, cell: Cell, checkpoint: str) -> dict[str, 
             recent = trainer.history[-study.curve_every :]
             means = {k: float(np.mean([m[k] for m in recent if k in m])) for k in recent[-1] if k.startswith(LOGGED)}
             curve.append({"step": trainer.steps_done, **accuracies_of(trainer, questions), "metrics": means})
+            at_looks(trainer)
     return {
         "setting": cell.setting,
         "algorithm": cell.algorithm,
@@ -335,8 +342,8 @@ def accuracies_of(trainer, questions: list[dict[str, Any]]) -> dict[str, Any]:
         return accuracies(policy, trainer.tokenizer, trainer.config, questions)
 
 
-def accuracies(policy, tokenizer, config: PipelineConfig, questions: list[dict[str, Any]]) -> dict[str, Any]:
-    """Greedy accuracy on rows with a `split`: `domains`, name -> accuracy, and of each split the mean over its domains."""
+def greedy_scores(policy, tokenizer, config: PipelineConfig, questions: list[dict[str, Any]]) -> list[float]:
+    """The score of the greedy answer to each question."""
     from dfpo_core import rewards, rollout
     from dfpo_core.data import prompts
 
@@ -351,7 +358,12 @@ def accuracies(policy, tokenizer, config: PipelineConfig, questions: list[dict[s
         batch_size=config.evaluate.batch_size,
         precision=config.precision,
     )
-    scores = rewards.score(questions, [text[0] for text in texts])
+    return rewards.score(questions, [text[0] for text in texts])
+
+
+def accuracies(policy, tokenizer, config: PipelineConfig, questions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Greedy accuracy on rows with a `split`: `domains`, name -> accuracy, and of each split the mean over its domains."""
+    scores = greedy_scores(policy, tokenizer, config, questions)
     domains: dict[str, list[float]] = {}
     splits: dict[str, list[str]] = {"id_test": [], "ood_test": []}
     for row, score in zip(questions, scores, strict=True):
