@@ -127,6 +127,13 @@ def test_what_remains_of_a_reward_is_nearer_to_the_truth_and_clean_rewards_stay(
     assert with_floor - as_it_is > gain - 0.02
 
 
+@pytest.mark.parametrize(("anchors", "flip_rate", "floor"), [(0.1, 0.0, 0.0), (0.2, 0.5, 0.25), (0.3, 1 / 3, 2 / 9), (0.01, 0.0, 0.0)])
+def test_the_anchors_are_the_given_share_of_the_batch_at_either_end_and_one_response_at_least(anchors, flip_rate, floor):
+    noise = RewardNoise(0.9, anchors)
+    noise.update(torch.tensor([0.0, 1, 0, 1, 0, 1, 0, 1, 0, 1]), torch.arange(10) / 10)  # of the lowest 1, 2, 3: 0, 1, 1 rewarded
+    assert noise.flip_rate == pytest.approx(flip_rate) and noise.floor == pytest.approx(floor)
+
+
 def test_a_critic_that_cannot_rank_finds_all_of_the_variance_and_a_share_of_the_reward_is_kept():
     generator, noise = np.random.default_rng(0), RewardNoise(0.9)
     for _ in range(30):

@@ -235,6 +235,16 @@ def test_cells_of_one_seed_start_from_the_same_policy_on_the_same_questions(fini
     assert records[0]["questions"] == {"sums": 10, "maxima": 10}
 
 
+def test_a_cell_shows_its_trainer_wherever_the_curve_has_a_point(finished):
+    study, folder, _, records = finished
+    seen = []
+    checkpoint = comparison.warm_start(study)
+    cell = comparison.find_cell(study, f"{records[0]['setting']}.{records[0]['algorithm']}.1")
+    again = comparison.run_cell(study, cell, checkpoint, lambda trainer: seen.append(trainer.steps_done))
+    assert seen == [point["step"] for point in again["curve"]]
+    assert [p["domains"] for p in again["curve"]] == [p["domains"] for p in records[0]["curve"]]  # looking changes nothing
+
+
 def test_every_cell_is_a_tagged_child_of_the_parent_run(finished):
     study, folder, parent, _ = finished
     from dfpo_core import tracking
