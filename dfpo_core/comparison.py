@@ -273,8 +273,13 @@ def run_cell(
     questions = [row | {"split": split} for split in ("id_test", "ood_test") for row in tables[split].to_pylist()]
     rows = [row for row in noisy.to_pylist() if row["label"] is not None or config.noise.missing == "zero"]
     trainer = Trainer(config, checkpoint, rows)
-    curve, diverged = [{"step": 0, **accuracies_of(trainer, questions)}], ""
-    at_looks(trainer)
+    curve, diverged = [], ""
+
+    def look(**more: Any) -> None:
+        curve.append({"step": trainer.steps_done, **accuracies_of(trainer, questions), **more})
+        at_looks(trainer)
+
+    look()
     trains = trainer.algorithm.policy_loss_name or trainer.algorithm.guided
     while trains and trainer.steps_done < config.train.steps:
         try:
@@ -285,8 +290,7 @@ def run_cell(
         if trainer.steps_done % study.curve_every == 0 or trainer.steps_done == config.train.steps:
             recent = trainer.history[-study.curve_every :]
             means = {k: float(np.mean([m[k] for m in recent if k in m])) for k in recent[-1] if k.startswith(LOGGED)}
-            curve.append({"step": trainer.steps_done, **accuracies_of(trainer, questions), "metrics": means})
-            at_looks(trainer)
+            look(metrics=means)
     return {
         "setting": cell.setting,
         "algorithm": cell.algorithm,
@@ -585,11 +589,9 @@ def summarise(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> dic
                     continue
                 interval = bootstrap_mean(np.array(list(values.values())))
                 rows.append({"setting": setting, "algorithm": algorithm, "measure": measure, **_numbers(interval)})
-                other = _by_seed(study, by_cell, setting, study.reference, measure)
-                seeds = sorted(values.keys() & other.keys())
-                if algorithm != study.reference and len(seeds) > 1:
-                    difference = student_interval(np.array([other[s] - values[s] for s in seeds]))
-                    pairs.append({"setting": setting, "rival": algorithm, "measure": measure, **_numbers(difference)})
+                difference = _paired(_by_seed(study, by_cell, setting, study.reference, measure), values)
+                if algorithm != study.reference and difference:
+                    pairs.append({"setting": setting, "rival": algorithm, "measure": measure, **difference})
     runs: dict[str, list[dict]] = {}
     for record in by_cell.values():
         runs.setdefault(record["algorithm"], []).append(record)
@@ -629,6 +631,12 @@ def _by_seed(study: ComparisonConfig, by_cell: dict, setting: str, algorithm: st
     return result
 
 
+def _paired(first: dict[int, float], second: dict[int, float]) -> dict[str, float]:
+    """First minus second over the seeds of both, with Student's t interval; empty for fewer than two seeds."""
+    seeds = sorted(first.keys() & second.keys())
+    return _numbers(student_interval(np.array([first[seed] - second[seed] for seed in seeds]))) if len(seeds) > 1 else {}
+
+
 def _numbers(interval: Interval) -> dict[str, float]:
     return {"mean": interval.mean, "low": interval.low, "high": interval.high, "seeds": interval.count}
 
@@ -640,31 +648,28 @@ def best_points(study: ComparisonConfig, records: Iterable[dict[str, Any]]) -> d
     `above` has for each other point its difference from the grid's first, paired by seed, in each setting and over `all`, where there are
     two seeds at least.
     """
-    by_cell = {(r["algorithm"], r["point"], r["setting"], r["seed"]): score_of(r, "average") for r in records}
-    result = {}
-    for algorithm in dict.fromkeys(key[0] for key in by_cell):
-        points = [p for p in study.grid if any(key[:2] == (algorithm, p) for key in by_cell)]
-        common = [(s, z) for s in study.settings for z in study.seeds if all((algorithm, p, s, z) in by_cell for p in points)]
-        if not common:
-            continue
-        means = {p: float(np.mean([by_cell[algorithm, p, s, z] for s, z in common])) for p in points}
-        first, *others = points
-        above = {p: _above(by_cell, study, algorithm, p, first) for p in others}
-        best = max(means, key=means.__getitem__)
-        result[algorithm] = {"best": best, "scores": means, "runs": len(common), "against": first, "above": above}
+    records, result = list(records), {}
+    by_point = {p: {(r["setting"], r["algorithm"], r["seed"]): r for r in records if r["point"] == p} for p in study.grid}
+    for algorithm in dict.fromkeys(r["algorithm"] for r in records):
+        scores = {p: {s: _by_seed(study, of, s, algorithm, "average") for s in study.settings} for p, of in by_point.items()}
+        scores = {p: of for p, of in scores.items() if any(of.values())}
+        common = [(s, z) for s in study.settings for z in study.seeds if all(z in of[s] for of in scores.values())]
+        if common:
+            means = {p: float(np.mean([of[s][z] for s, z in common])) for p, of in scores.items()}
+            first, *others = scores
+            above = {p: _above(scores[p], scores[first]) for p in others}
+            best = max(means, key=means.__getitem__)
+            result[algorithm] = {"best": best, "scores": means, "runs": len(common), "against": first, "above": above}
     return result
 
 
-def _above(by_cell: dict, study: ComparisonConfig, algorithm: str, point: str, first: str) -> dict[str, dict[str, float]]:
-    """setting, or `all` of those that either point has -> point minus first in `average`, paired by seed."""
-    gaps: dict[str, dict[int, float]] = {}
-    for setting in study.settings:
-        pairs = {z: (by_cell.get((algorithm, point, setting, z)), by_cell.get((algorithm, first, setting, z))) for z in study.seeds}
-        if found := {z: a - b for z, (a, b) in pairs.items() if a is not None and b is not None}:
-            gaps[setting] = found
-    whole = [z for z in study.seeds if all(z in found for found in gaps.values())]
-    gaps["all"] = {z: float(np.mean([found[z] for found in gaps.values()])) for z in whole} if gaps else {}
-    return {name: _numbers(student_interval(np.array(list(found.values())))) for name, found in gaps.items() if len(found) > 1}
+def _above(point: dict[str, dict[int, float]], first: dict[str, dict[int, float]]) -> dict[str, dict[str, float]]:
+    """setting, or `all` of those that both points have -> point minus first, paired by seed; both are setting -> seed -> score."""
+    shared = [setting for setting in point if point[setting].keys() & first[setting].keys()]
+    seeds = [z for z in {seed for s in shared for seed in point[s]} if all(z in point[s] and z in first[s] for s in shared)]
+    whole = ({z: float(np.mean([of[s][z] for s in shared])) for z in seeds} for of in (point, first))
+    gaps = {setting: _paired(point[setting], first[setting]) for setting in shared} | {"all": _paired(*whole)}
+    return {name: gap for name, gap in gaps.items() if gap}
 
 
 def tuning_markdown(study: ComparisonConfig, tuning: dict[str, dict[str, Any]]) -> str:

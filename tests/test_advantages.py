@@ -96,7 +96,7 @@ def test_trimming_by_the_flip_rate_recovers_the_clean_success_probability():
 def test_the_flip_rate_is_estimated_within_five_hundredths_from_the_values_of_a_critic_in_training(flip):
     # a flow critic that starts knowing nothing, and sees flipped rewards only; an answer is right where the state says so
     torch.manual_seed(0)
-    generator, noise, mask = torch.Generator().manual_seed(0), RewardNoise(0.9), torch.ones(256, 1)
+    generator, noise, mask = torch.Generator().manual_seed(0), RewardNoise(0.9, 0.2), torch.ones(256, 1)
     critic = FlowCritic(8, FlowConfig(width=16, loss_levels=8, noise_levels=16))
     optimizer = torch.optim.Adam(critic.head.parameters(), 1e-2)
     for _ in range(120):

@@ -83,7 +83,7 @@ def judged(chances, flip: float, generator) -> tuple[torch.Tensor, torch.Tensor]
 
 def known(flip: float) -> RewardNoise:
     """The estimates of an endless past of responses that are surely wrong or surely right."""
-    noise = RewardNoise(0.9)
+    noise = RewardNoise(0.9, 0.2)
     for end, mean in (("low", flip), ("high", 1 - flip)):
         for moment in noise.moments[end]:
             moment.add(mean)
@@ -105,7 +105,7 @@ def test_the_denoised_reward_is_the_posterior_of_the_clean_one(flip):
 
 
 def test_gaussian_noise_has_the_floor_of_its_variance():
-    generator, noise = np.random.default_rng(0), RewardNoise(0.9)
+    generator, noise = np.random.default_rng(0), RewardNoise(0.9, 0.2)
     for _ in range(30):
         chances = generator.uniform(size=256) ** 8  # most are nearly 0
         right, _ = judged(chances, 0.0, generator)
@@ -115,7 +115,7 @@ def test_gaussian_noise_has_the_floor_of_its_variance():
 
 @pytest.mark.parametrize(("flip", "gain"), [(0.0, 0.0), (0.28, 0.04)])
 def test_what_remains_of_a_reward_is_nearer_to_the_truth_and_clean_rewards_stay(flip, gain):
-    generator, noise = np.random.default_rng(0), RewardNoise(0.9)
+    generator, noise = np.random.default_rng(0), RewardNoise(0.9, 0.2)
     for _ in range(30):
         chances = generator.beta(0.3, 0.9, size=4096)
         right, rewards = judged(chances, flip, generator)
@@ -135,7 +135,7 @@ def test_the_anchors_are_the_given_share_of_the_batch_at_either_end_and_one_resp
 
 
 def test_a_critic_that_cannot_rank_finds_all_of_the_variance_and_a_share_of_the_reward_is_kept():
-    generator, noise = np.random.default_rng(0), RewardNoise(0.9)
+    generator, noise = np.random.default_rng(0), RewardNoise(0.9, 0.2)
     for _ in range(30):
         _, rewards = judged(np.full(256, 0.5), 0.0, generator)
         noise.update(rewards, torch.full((256,), 0.5))

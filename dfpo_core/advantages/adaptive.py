@@ -75,7 +75,7 @@ class RewardNoise:
     as well be right for news. Where rewards are clean and an end of the ranking is certain, the floor is 0 and g is 1.
     """
 
-    def __init__(self, memory: float, anchors: float = 0.2):
+    def __init__(self, memory: float, anchors: float):
         self.anchors = anchors
         self.moments = {end: (RunningMean(memory), RunningMean(memory)) for end in ("low", "high")}
         self.range = (torch.inf, -torch.inf)  # smallest and largest reward so far
