@@ -17,7 +17,7 @@ import numpy as np
 
 from dfpo_core import comparison
 from dfpo_core.data import prepare
-from dfpo_core.tracking import git_commit
+from dfpo_core.tracking import exit_codes, git_commit
 
 
 def ask(study: comparison.ComparisonConfig, key: str, checkpoint: str, questions: int) -> dict:
@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", required=True, help="JSON file, written cell by cell")
     parsed = parser.parse_args()
     study, records = comparison.load(parsed.study), []
+    for key in parsed.cells:
+        comparison.find_cell(study, key)  # a wrong key is named before anything is trained
     checkpoint = comparison.warm_start(study)
     for key in parsed.cells:
         records.append(ask(study, key, checkpoint, parsed.questions))
@@ -66,4 +68,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()
